@@ -1,0 +1,1 @@
+"""Model definitions: forward(batch) only, and the readers of their checkpoints."""

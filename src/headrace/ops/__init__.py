@@ -1,0 +1,1 @@
+"""The kernel library: one file per op, with its plain-torch reference."""
