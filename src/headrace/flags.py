@@ -1,0 +1,70 @@
+"""Command-line flags made from the fields of the configuration dataclasses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
+
+import typer
+
+from headrace.config import flag_name
+
+
+def with_configs(**configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a typer command take whole configs: `name=Type` adds a flag for each field of Type.
+
+    The command is called with one built instance of each config, under its name. A field that the
+    command already has as an argument of its own is taken from there.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = {n: p for n, p in signature.parameters.items() if n not in configs}
+        flags: dict[str, inspect.Parameter] = {}
+        for config in configs.values():
+            hints = get_type_hints(config)
+            for f in fields(config):
+                if f.name not in own:
+                    flags[f.name] = _parameter(f, hints[f.name])
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            built = {
+                name: config(**{f.name: _value(f, values[f.name]) for f in fields(config)})
+                for name, config in configs.items()
+            }
+            command(**built, **{n: values[n] for n in own if n not in _field_names(configs)})
+
+        run.__signature__ = signature.replace(parameters=[*own.values(), *flags.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own.values(), *flags.values())}
+        return run
+
+    return decorate
+
+
+def _field_names(configs: dict[str, type]) -> set[str]:
+    return {f.name for config in configs.values() for f in fields(config)}
+
+
+def _parameter(f: Field[Any], hint: Any) -> inspect.Parameter:
+    assert f.default is not MISSING, f"flag {f.name} needs a default"
+    is_list = hint == tuple[str, ...]
+    names = [flag_name(f)] + (["--no-" + flag_name(f)[2:]] if hint is bool else [])
+    spelling = "/".join(names)
+    return inspect.Parameter(
+        f.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=typer.Option(list(f.default) if is_list else f.default, spelling, help=_help(f)),
+        annotation=list[str] if is_list else hint,
+    )
+
+
+def _help(f: Field[Any]) -> str:
+    return str(f.metadata["help"])
+
+
+def _value(f: Field[Any], value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
