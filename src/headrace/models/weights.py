@@ -1,0 +1,170 @@
+"""Checkpoints in Hugging Face layout: safetensors shards beside a config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headrace.config import ConfigError
+from headrace.ops import mxfp4
+
+INDEX_NAME = "model.safetensors.index.json"
+Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
+
+_FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors name -> bytes
+_PACKED = {"U8": 1}
+
+
+class Checkpoint:
+    """The tensors of a checkpoint's root directory; original/ and metal/ are other formats.
+
+    Raises ConfigError for a missing or unreadable file, and in `check` for every tensor that is
+    missing, unknown, of another shape or of another kind of dtype than the model expects.
+    """
+
+    def __init__(self, path: Path, device: str, progress: Progress | None) -> None:
+        self.path = path
+        self._progress = progress
+        self._bytes_read = 0
+        self._files = {file: _open(file, device) for file in _shards(path)}
+        self._file_of = {name: f for f in self._files.values() for name in f.keys()}  # noqa: SIM118
+        _check_index(path, set(self._file_of))
+        self._bytes_total = sum(self._num_bytes(name) for name in self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names, shapes and dtypes with what the model expects, before reading any."""
+        problems = [
+            *(f"missing tensor {name} {list(expected[name])}" for name in expected.keys() - self),
+            *(f"unknown tensor {name}" for name in self._file_of.keys() - expected.keys()),
+            *(p for n, shape in expected.items() if n in self for p in self._mismatch(n, shape)),
+        ]
+        if problems:
+            shown = "; ".join(sorted(problems)[:8])
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ConfigError(f"checkpoint {self.path} does not fit its config.json: {shown}{more}")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored, on the checkpoint's device."""
+        try:
+            tensor: Tensor = self._file_of[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"tensor {name} of {self.path} cannot be read: {error}") from error
+        self._bytes_read += tensor.nbytes
+        if self._progress:
+            self._progress(self._bytes_read, self._bytes_total)
+        return tensor
+
+    def _mismatch(self, name: str, expected: tuple[int, ...]) -> Iterator[str]:
+        header = self._file_of[name].get_slice(name)
+        found, dtype = tuple(header.get_shape()), header.get_dtype()
+        kinds = _PACKED if name.endswith(("_blocks", "_scales")) else _FLOATS
+        if found != expected:
+            yield f"tensor {name} has shape {list(found)}, expected {list(expected)}"
+        if dtype not in kinds:
+            yield f"tensor {name} has dtype {dtype}, expected {' or '.join(kinds)}"
+
+    def _num_bytes(self, name: str) -> int:
+        header = self._file_of[name].get_slice(name)
+        return prod(header.get_shape()) * (_FLOATS | _PACKED).get(header.get_dtype(), 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ConfigError if the file is missing or is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def write_checkpoint(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json and the tensors, as they are, as one file or as shards with an index."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        size = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, path / file, metadata={"format": "pt"})
+
+
+def quantize_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace dense expert weights [num_experts, in, out] by MXFP4 blocks and scales [.., out, ..].
+
+    The inverse of the transposition that Hugging Face uses for dequantized experts.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = mxfp4.quantize(tensor.transpose(1, 2))
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            packed[name] = tensor
+    return packed
+
+
+def _shards(path: Path) -> list[Path]:
+    if (path / INDEX_NAME).exists():
+        return [path / name for name in sorted(set(_weight_map(path).values()))]
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise ConfigError(f"{path} has no *.safetensors; it must be a Hugging Face checkpoint")
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConfigError(f"{path / INDEX_NAME} has no weight_map")
+    return weight_map
+
+
+def _check_index(path: Path, found: set[str]) -> None:
+    if (path / INDEX_NAME).exists() and (lost := _weight_map(path).keys() - found):
+        raise ConfigError(f"{INDEX_NAME} lists tensor {min(lost)}, but its file does not hold it")
+
+
+def _open(file: Path, device: str) -> Any:
+    try:
+        return safe_open(file, framework="pt", device=device)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    return shards
