@@ -1,1 +1,6 @@
-"""Model definitions: forward(batch) only, and the readers of their checkpoints."""
+"""Models: config, weights and forward(batch)."""
+
+from headrace.models.batch import Batch, KVGroup, KVLayout
+from headrace.models.loader import Model, load_model
+
+__all__ = ["Batch", "KVGroup", "KVLayout", "Model", "load_model"]

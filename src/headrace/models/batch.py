@@ -26,15 +26,17 @@ class Batch:
     """Prefill chunks and decode rows of many requests, one after the other.
 
     Sequence s owns rows query_start[s]:query_start[s+1]; they are its tokens at positions
-    seq_lens[s] - num_rows .. seq_lens[s] - 1. Keys and values of earlier positions are in the cache.
-    The tensors may be the static buffers of a captured CUDA graph.
+    seq_lens[s] - num_rows .. seq_lens[s] - 1. Keys and values of earlier positions are in the
+    cache. The tensors may be the static buffers of a captured CUDA graph.
     """
 
     token_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64
     query_start: Tensor  # [num_seqs + 1] int32
     seq_lens: Tensor  # [num_seqs] int32: tokens in the cache after this step
-    groups: tuple[KVGroup, ...]  # the model's layer i uses groups[model.kv_layout.group_of_layer[i]]
+    groups: tuple[
+        KVGroup, ...
+    ]  # the model's layer i uses groups[model.kv_layout.group_of_layer[i]]
     output_rows: Tensor  # [num_outputs] int64: rows whose logits are wanted
     # [num_layers] of [2 (k, v), num_pages, block_size, num_kv_heads, head_dim], written in place
     kv_cache: tuple[Tensor, ...]

@@ -82,7 +82,7 @@ def dequantize(
 def _nearest_code(magnitudes: Tensor) -> Tensor:
     table = torch.tensor(_MAGNITUDES, dtype=magnitudes.dtype, device=magnitudes.device)
     middles = (table[1:] + table[:-1]) / 2
-    below = torch.bucketize(magnitudes, middles)  # a tie stays at the lower code
+    below = torch.bucketize(magnitudes.contiguous(), middles)  # a tie stays at the lower code
     tie = (magnitudes == middles[below.clamp(max=6)]) & (below < 7)
     return below + (tie & (below % 2 == 1))
 

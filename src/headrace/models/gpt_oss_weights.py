@@ -1,0 +1,142 @@
+"""From the tensors of a gpt-oss checkpoint to the model's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.config import ConfigError
+from headrace.models.config import GptOssConfig
+from headrace.models.gpt_oss import GptOssWeights, LayerWeights
+from headrace.models.weights import Checkpoint
+from headrace.ops.experts import Experts, ExpertWeight
+from headrace.ops.mxfp4 import BLOCK_SIZE, NAN_SCALE, MXFP4Weight
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_gpt_oss(config: GptOssConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> GptOssWeights:
+    """Check every tensor, then read them. Experts in MXFP4 stay packed unless dtype is float32."""
+    # by tensor names: re-uploads of MXFP4 checkpoints carry other quantization_configs
+    is_mxfp4 = any(name.endswith("_blocks") for name in checkpoint)
+    checkpoint.check(tensor_shapes(config, is_mxfp4))
+    embedding = checkpoint.read("model.embed_tokens.weight").to(dtype)
+    tied = config.tie_word_embeddings
+    return GptOssWeights(
+        embedding=embedding,
+        layers=tuple(
+            _read_layer(config, checkpoint, f"model.layers.{i}.", dtype, is_mxfp4)
+            for i in range(config.num_hidden_layers)
+        ),
+        norm=checkpoint.read("model.norm.weight").to(dtype),
+        lm_head=embedding if tied else checkpoint.read("lm_head.weight").to(dtype),
+    )
+
+
+def tensor_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
+    """Every tensor of the checkpoint by name. ConfigError for sizes that MXFP4 cannot hold."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    layer = _attention_shapes(config) | _moe_shapes(config, is_mxfp4)
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _attention_shapes(config: GptOssConfig) -> Shapes:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: Shapes = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.sinks": (config.num_attention_heads,),
+        "self_attn.q_proj.weight": (q_width, hidden),
+        "self_attn.k_proj.weight": (kv_width, hidden),
+        "self_attn.v_proj.weight": (kv_width, hidden),
+        "self_attn.o_proj.weight": (hidden, q_width),
+    }
+    if config.attention_bias:
+        weights = [name for name in shapes if name.endswith("_proj.weight")]
+        shapes |= {name.replace("weight", "bias"): shapes[name][:1] for name in weights}
+    return shapes
+
+
+def _moe_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
+    hidden, inter = config.hidden_size, config.intermediate_size
+    num_experts = config.num_local_experts
+    shapes: Shapes = {
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.router.weight": (num_experts, hidden),
+        "mlp.router.bias": (num_experts,),
+    }
+    sizes = {"gate_up_proj": (hidden, 2 * inter), "down_proj": (inter, hidden)}
+    for proj, (in_features, out_features) in sizes.items():
+        name = f"mlp.experts.{proj}"
+        shapes[f"{name}_bias"] = (num_experts, out_features)
+        if is_mxfp4:
+            if in_features % BLOCK_SIZE:
+                field = "hidden_size" if proj == "gate_up_proj" else "intermediate_size"
+                raise ConfigError(
+                    f"config.json: {field} is {in_features}; MXFP4 experts need a multiple of 32"
+                )
+            shapes[f"{name}_scales"] = (num_experts, out_features, in_features // BLOCK_SIZE)
+            shapes[f"{name}_blocks"] = (*shapes[f"{name}_scales"], BLOCK_SIZE // 2)
+        else:
+            shapes[name] = (num_experts, in_features, out_features)
+    return shapes
+
+
+def _read_layer(
+    config: GptOssConfig, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, is_mxfp4: bool
+) -> LayerWeights:
+    def read(name: str) -> Tensor:
+        return checkpoint.read(prefix + name).to(dtype)
+
+    def read_bias(*projections: str) -> Tensor | None:
+        if not config.attention_bias:
+            return None
+        return torch.cat([read(f"self_attn.{p}_proj.bias") for p in projections])
+
+    def read_experts(projection: str) -> ExpertWeight:
+        name = f"{prefix}mlp.experts.{projection}_proj"
+        if not is_mxfp4:
+            # stored [num_experts, in, out]; each expert is copied once, to [out, in]
+            return checkpoint.read(name).to(dtype).transpose(1, 2).contiguous()
+        packed = _read_mxfp4(checkpoint, name)
+        return _dequantize(packed) if dtype == torch.float32 else packed
+
+    return LayerWeights(
+        attention_norm=read("input_layernorm.weight"),
+        qkv=torch.cat([read(f"self_attn.{p}_proj.weight") for p in "qkv"]),
+        qkv_bias=read_bias("q", "k", "v"),
+        output=read("self_attn.o_proj.weight"),
+        output_bias=read_bias("o"),
+        sinks=read("self_attn.sinks"),
+        moe_norm=read("post_attention_layernorm.weight"),
+        router=read("mlp.router.weight"),
+        router_bias=read("mlp.router.bias"),
+        experts=Experts(
+            gate_up=read_experts("gate_up"),
+            gate_up_bias=read("mlp.experts.gate_up_proj_bias"),
+            down=read_experts("down"),
+            down_bias=read("mlp.experts.down_proj_bias"),
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+        ),
+    )
+
+
+def _read_mxfp4(checkpoint: Checkpoint, name: str) -> MXFP4Weight:
+    packed = MXFP4Weight(checkpoint.read(f"{name}_blocks"), checkpoint.read(f"{name}_scales"))
+    if (packed.scales == NAN_SCALE).any():
+        raise ConfigError(f"tensor {name}_scales holds 0xFF, which means NaN: the file is damaged")
+    return packed
+
+
+def _dequantize(packed: MXFP4Weight) -> Tensor:
+    """Expert by expert, so that the temporaries stay small."""
+    dense = torch.empty(packed.shape, device=packed.scales.device)
+    for expert, matrix in enumerate(dense):
+        matrix.copy_(packed.rows(expert).dequantize(torch.float32))
+    return dense

@@ -1,0 +1,87 @@
+"""The expert layers: grouped matmuls, SwiGLU and the weighted sum over the chosen experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.ops.linear import linear
+from headrace.ops.mxfp4 import MXFP4Weight
+
+ExpertWeight = Tensor | MXFP4Weight  # [num_experts, out_features, in_features]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The expert weights of one layer. Rows 2i of gate_up are gates, rows 2i + 1 are ups."""
+
+    gate_up: ExpertWeight  # [num_experts, 2 * inter, hidden]
+    gate_up_bias: Tensor  # [num_experts, 2 * inter]
+    down: ExpertWeight  # [num_experts, hidden, inter]
+    down_bias: Tensor  # [num_experts, hidden]
+    alpha: float
+    limit: float
+
+
+def moe(
+    x: Tensor,  # [num_tokens, hidden]
+    expert_ids: Tensor,  # [num_tokens, top_k] int64
+    expert_weights: Tensor,  # [num_tokens, top_k] float32
+    experts: Experts,
+) -> Tensor:
+    """y = sum_k weight_k (W_down swiglu(W_gate_up x + b_gate_up) + b_down) over the chosen experts.
+
+    Returns [num_tokens, hidden] in x's dtype; the sum runs in float32, in the order of expert_ids.
+    """
+    num_tokens, top_k = expert_ids.shape
+    flat_ids = expert_ids.flatten()
+    order = flat_ids.argsort(stable=True)  # (token, k) slots, those of one expert together
+    counts = flat_ids.bincount(minlength=len(experts.down_bias)).tolist()
+    hidden = grouped_linear(x[order // top_k], counts, experts.gate_up, experts.gate_up_bias)
+    hidden = swiglu(hidden, experts.alpha, experts.limit)
+    sorted_out = grouped_linear(hidden, counts, experts.down, experts.down_bias)
+    out = torch.empty_like(sorted_out)
+    out[order] = sorted_out
+    weighted = out.view(num_tokens, top_k, -1) * expert_weights.unsqueeze(-1)
+    return weighted.sum(1).to(x.dtype)
+
+
+def grouped_linear(
+    x: Tensor,  # [num_slots, in_features], sorted by expert
+    counts: list[int],  # [num_experts]: rows of each expert
+    weight: ExpertWeight,  # [num_experts, out_features, in_features]
+    bias: Tensor,  # [num_experts, out_features]
+) -> Tensor:
+    """y = x W_e^T + b_e for the rows of each expert e; experts without rows are not read."""
+    assert sum(counts) == len(x), f"{counts=} {x.shape=}"
+    hit = [expert for expert, count in enumerate(counts) if count]
+    groups = x.split([counts[expert] for expert in hit])
+    return torch.cat(
+        [
+            linear(rows, _expert(weight, expert, x.dtype), bias[expert])
+            for expert, rows in zip(hit, groups, strict=True)
+        ]
+    )
+
+
+def swiglu(
+    gate_up: Tensor,  # [num_slots, 2 * inter]: gate and up interleaved
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = clamp(up, -limit, limit).
+
+    Computes in float32. Returns [num_slots, inter] in gate_up's dtype.
+    """
+    gate, up = gate_up.float().unflatten(-1, (-1, 2)).unbind(-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
+
+
+def _expert(weight: ExpertWeight, expert: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, MXFP4Weight):
+        return weight.rows(expert).dequantize(dtype)
+    return weight[expert]

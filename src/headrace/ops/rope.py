@@ -1,0 +1,73 @@
+"""Rotary position embedding in half-split pairing, with YaRN's frequencies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rope_inv_freq(head_dim: int, theta: float) -> Tensor:
+    """f_i = theta^(-2i / head_dim). Returns [head_dim / 2] float64."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def yarn_inv_freq(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    original_context: int,
+    beta_fast: float,
+    beta_slow: float,
+    truncate: bool,
+) -> Tensor:
+    """f_i (1 - r_i) + (f_i / factor) r_i with r_i = clamp((i - low) / (high - low), 0, 1).
+
+    low and high are the dimensions that turn beta_fast and beta_slow times within
+    original_context: d(turns) = head_dim ln(original_context / (2 pi turns)) / (2 ln theta),
+    rounded outwards only if truncate. Returns [head_dim / 2] float64.
+    """
+
+    def dimension_of(turns: float) -> float:
+        return head_dim * math.log(original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low, high = dimension_of(beta_fast), dimension_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001  # YaRN's guard against an empty ramp
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    freq = rope_inv_freq(head_dim, theta)
+    return freq * (1 - ramp) + freq / factor * ramp
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """0.1 ln(factor) + 1, by which YaRN multiplies both cos and sin."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_cos_sin(
+    positions: Tensor,  # [num_tokens] int64
+    inv_freq: Tensor,  # [head_dim / 2] float32
+    attention_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * inv_freq, times attention_factor.
+
+    Returns two [num_tokens, 1, head_dim / 2] float32, for any number of heads.
+    """
+    angles = (positions.unsqueeze(-1) * inv_freq).unsqueeze(1)
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def apply_rope(
+    x: Tensor,  # [num_tokens, heads, head_dim]
+    cos: Tensor,  # [num_tokens, 1, head_dim / 2] float32
+    sin: Tensor,  # [num_tokens, 1, head_dim / 2] float32
+) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of each head, in float32.
+
+    Returns [num_tokens, heads, head_dim] in x's dtype.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
