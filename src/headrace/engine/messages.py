@@ -93,11 +93,19 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     load_seconds: float
 
 
+class EngineLoading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far the checkpoint is read: done of total, in the loader's own units."""
+
+    done: int
+    total: int
+
+
 class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
     """The last words of an engine that cannot go on."""
 
     reason: str
+    caller_mistake: bool = False  # wrong flags or a bad checkpoint: the reason says what to change
 
 
 ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = RequestOutput | EngineStats | EngineReady | EngineDead
+FromEngine = RequestOutput | EngineStats | EngineReady | EngineLoading | EngineDead
