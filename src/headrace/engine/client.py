@@ -125,9 +125,6 @@ class EngineClient:
                 finished = output.finish_reason is not None
                 yield output
         finally:
-            del self._queues[request_id]
-            if not self._queues:
-                self._idle.set()
             if not finished:
                 self.abort([request_id])
 
@@ -185,9 +182,7 @@ class EngineClient:
 
     def _dispatch(self, message: FromEngine) -> None:
         if isinstance(message, RequestOutput):
-            queue = self._queues.get(message.request_id)
-            if queue is not None:
-                queue.put_nowait(message)
+            self._deliver(message)
         elif isinstance(message, EngineStats):
             self.stats = message
             if self.on_stats:
@@ -208,6 +203,17 @@ class EngineClient:
         await asyncio.sleep(LAST_WORDS)
         self._bury(f"its process ended with exit code {self.process.exitcode}")
 
+    def _deliver(self, output: RequestOutput) -> None:
+        """Queue an output for its consumer; an id stays in use until the engine is done with it."""
+        queue = self._queues.get(output.request_id)
+        if queue is None:
+            return
+        queue.put_nowait(output)
+        if output.finish_reason is not None:
+            del self._queues[output.request_id]
+            if not self._queues:
+                self._idle.set()
+
     def _bury(self, reason: str, caller_mistake: bool = False) -> None:
         """Tell everybody who waits that the engine is gone; the first reason stands."""
         if self.dead_reason is not None:
@@ -216,6 +222,6 @@ class EngineClient:
         if not self._ready.done():
             error = ConfigError(reason) if caller_mistake else EngineDeadError(reason)
             self._ready.set_exception(error)
-        for request_id, queue in self._queues.items():
-            text = f"the engine is gone: {reason}"
-            queue.put_nowait(RequestOutput(request_id, [], finish_reason="error", error=text))
+        text = f"the engine is gone: {reason}"
+        for request_id in list(self._queues):
+            self._deliver(RequestOutput(request_id, [], finish_reason="error", error=text))

@@ -123,7 +123,7 @@ def run_engine(config: EngineConfig, address: str, make: MakeEngine = make_engin
 
 def serve(engine: Engine, link: Link) -> None:
     """Step while there is work, sleep while there is none, until Shutdown."""
-    told = time.monotonic()
+    told = 0.0  # when the last EngineStats left; 0: tell with the next step
     while True:
         message = link.receive(wait=not engine.has_work())
         while message is not None:
@@ -137,7 +137,7 @@ def serve(engine: Engine, link: Link) -> None:
         now = time.monotonic()
         if now - told >= STATS_INTERVAL or not engine.has_work():
             news.append(engine.stats())
-            told = now
+            told = now if engine.has_work() else 0.0
         link.send(news)
 
 
