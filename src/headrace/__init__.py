@@ -1,3 +1,3 @@
-"""Headrace: a server for mixture-of-experts language models in MXFP4, with many LoRA adapters at once."""
+"""Headrace: a server for mixture-of-experts language models in MXFP4."""
 
 __version__ = "0.1.0"

@@ -55,7 +55,7 @@ def generate(
         Path, typer.Option(help="checkpoint directory", show_default="bundled")
     ] = BUNDLED_MODEL,
     max_tokens: Annotated[int, typer.Option(help="most tokens to write", min=1)] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
     *,
     engine: EngineConfig,
 ) -> None:
