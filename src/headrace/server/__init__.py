@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server."""
+"""The HTTP side: OpenAI's API on top of an engine client."""

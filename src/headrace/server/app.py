@@ -1,0 +1,181 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+
+from headrace import __version__
+from headrace.config import ServerConfig
+from headrace.engine.client import EngineClient
+from headrace.server.chat import Chat, render_prompt
+from headrace.server.completions import Completion
+from headrace.server.errors import ApiError, documented, install_handlers
+from headrace.server.model_info import ModelInfo
+from headrace.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    PromptFields,
+    TokenizeRequest,
+)
+from headrace.server.responses import (
+    ChatResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+    VersionResponse,
+)
+from headrace.server.serving import Serving
+from headrace.server.stream import EventStream, until_disconnect
+from headrace.server.tokenizer import Tokenizer
+
+EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+GENERATE = documented(400, 401, 404, 500, 503) | {200: EVENTS}
+bearer = HTTPBearer(auto_error=False, description="an API key, where the server has some")
+
+
+def create_app(
+    engine_client: EngineClient,
+    tokenizer: Tokenizer,
+    server_config: ServerConfig,
+    model_info: ModelInfo,
+) -> FastAPI:
+    """Build the API of one served model; the engine must be started."""
+    app = FastAPI(title="Headrace", version=__version__, redirect_slashes=False)
+    app.state.serving = Serving(engine_client, tokenizer, server_config, model_info)
+    install_handlers(app)
+    app.include_router(monitoring)
+    app.include_router(api)
+    return app
+
+
+def serving_of(request: Request) -> Serving:
+    """Find what create_app put together."""
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+def check_key(
+    request: Request, credentials: HTTPAuthorizationCredentials | None = Depends(bearer)
+) -> None:
+    """Raise 401 unless the request has one of the server's keys, or there are none."""
+    keys = serving_of(request).config.api_key
+    given = credentials.credentials.encode() if credentials else b""
+    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
+    if keys and not any(matches):
+        raise ApiError(401, "this server needs an API key: Authorization: Bearer KEY")
+
+
+monitoring = APIRouter()
+api = APIRouter(dependencies=[Depends(check_key)])
+
+
+@monitoring.get("/health", responses={503: {"model": HealthResponse, "description": "Not ready"}})
+async def health(request: Request) -> HealthResponse:
+    """Whether requests can be taken: 503 while draining, and when the engine is gone."""
+    serving = serving_of(request)
+    if not serving.engine.is_alive:
+        state = HealthResponse(status="dead", reason=serving.dead_engine_error().message)
+    elif serving.draining:
+        state = HealthResponse(status="draining", reason="the server is shutting down")
+    else:
+        return HealthResponse(status="ok")
+    return JSONResponse(state.model_dump(), 503)  # type: ignore[return-value]
+
+
+@monitoring.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics, under vLLM's names."""
+    text = serving_of(request).metrics.render()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@api.get("/version", responses=documented(401))
+async def version() -> VersionResponse:
+    """The server's version."""
+    return VersionResponse(version=__version__)
+
+
+@api.get("/v1/models", responses=documented(401))
+async def models(request: Request) -> ModelList:
+    """The served models."""
+    return ModelList(data=[model_card(serving_of(request))])
+
+
+@api.get("/v1/models/{model:path}", responses=documented(401, 404))
+async def model(request: Request, model: str) -> ModelCard:
+    """One served model."""
+    serving_of(request).check_model(model)
+    return model_card(serving_of(request))
+
+
+def model_card(serving: Serving) -> ModelCard:
+    """Describe the served model."""
+    info = serving.model
+    return ModelCard(
+        id=info.name, created=info.created, root=info.root, max_model_len=serving.max_model_len
+    )
+
+
+@api.post("/v1/completions", response_model=CompletionResponse, responses=GENERATE)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Complete a text, or several."""
+    return await answer(request, body, Completion)
+
+
+@api.post("/v1/chat/completions", response_model=ChatResponse, responses=GENERATE)
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    return await answer(request, body, Chat)
+
+
+async def answer(request: Request, body: Any, kind: type[Chat] | type[Completion]) -> Response:
+    """Check, then stream or wait; a client that leaves takes its sequences with it."""
+    serving = serving_of(request)
+    serving.check_model(body.model)
+    serving.check_ready()
+    work = kind(serving, body)
+    if body.stream:
+        return EventStream(work.stream())
+    result: BaseModel | None = await until_disconnect(request.receive, work.respond())
+    content = result.model_dump_json(exclude_unset=True) if result else ""
+    return Response(content, media_type="application/json")
+
+
+@api.post("/tokenize", responses=documented(400, 401, 404))
+async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
+    """Text, or a conversation, to token ids."""
+    serving = serving_of(request)
+    serving.check_model(body.model)
+    if body.prompt is not None:
+        ids = serving.encode(body.prompt, "prompt")
+    else:
+        assert body.messages is not None
+        conversation = PromptFields(
+            messages=body.messages, tools=body.tools, reasoning_effort=body.reasoning_effort
+        )
+        ids = render_prompt(serving, conversation, body.tools or [], body.add_generation_prompt)
+    texts = [serving.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    return TokenizeResponse(
+        count=len(ids), max_model_len=serving.max_model_len, tokens=ids, token_strs=texts
+    )
+
+
+@api.post("/detokenize", responses=documented(400, 401, 404))
+async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
+    """Token ids to text."""
+    serving = serving_of(request)
+    serving.check_model(body.model)
+    serving.check_tokens(body.tokens, "tokens")
+    return DetokenizeResponse(prompt=serving.tokenizer.decode(body.tokens))

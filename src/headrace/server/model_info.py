@@ -1,0 +1,72 @@
+"""What the API needs to know of a checkpoint beside its weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.config import ConfigError, ServerConfig
+from headrace.server.chat_template import ChatTemplate, load_template_source
+from headrace.server.harmony import speaks_harmony
+from headrace.server.tokenizer import Tokenizer
+
+CHAT_STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A served model: its name, limits, stop tokens and sampling defaults."""
+
+    name: str
+    root: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    is_harmony: bool
+    chat_template: ChatTemplate | None
+    sampling_defaults: dict[str, Any]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig) -> ModelInfo:
+    """Read config.json, generation_config.json and the chat template.
+
+    Raises ConfigError naming the file that is missing or wrong.
+    """
+    model_config = read_json(model_dir / "config.json")
+    generation = read_json(model_dir / "generation_config.json", missing_ok=True)
+    eos = generation.get("eos_token_id", model_config.get("eos_token_id")) or []
+    is_harmony = speaks_harmony(tokenizer)
+    chat_stops = [tokenizer.special_ids.get(name) for name in CHAT_STOPS] if is_harmony else []
+    source = load_template_source(model_dir, is_harmony)
+    defaults = {} if config.generation_config == "none" else generation
+    return ModelInfo(
+        name=config.served_model_name or model_dir.resolve().name,
+        root=str(model_dir),
+        vocab_size=model_config["vocab_size"],
+        eos_token_ids=unique_ids([*([eos] if isinstance(eos, int) else eos), *chat_stops]),
+        is_harmony=is_harmony,
+        chat_template=ChatTemplate(source, tokenizer.quote) if source else None,
+        sampling_defaults={k: defaults[k] for k in SAMPLING_DEFAULTS if defaults.get(k)},
+    )
+
+
+def unique_ids(ids: list[int | None]) -> tuple[int, ...]:
+    """Drop None and repetitions, keep the order."""
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """Read a JSON object; ConfigError says what is wrong with the file."""
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value

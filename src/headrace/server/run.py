@@ -1,0 +1,118 @@
+"""A server from start to end: load, listen, and on SIGTERM drain and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Generator
+
+import uvicorn
+from rich.console import Console
+from rich.progress import Progress
+
+from headrace.config import ConfigError, EngineConfig, ServerConfig
+from headrace.engine.client import EngineClient
+from headrace.server.app import create_app
+from headrace.server.model_info import load_model_info
+from headrace.server.serving import Serving
+from headrace.server.tokenizer import load_tokenizer
+
+LAST_REPLIES = 5  # seconds for connections to close after the drain
+POLL = 0.05  # seconds between looks at the requests that are left
+
+
+def run_server(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status.
+
+    Raises ConfigError for wrong flags, a bad checkpoint or a port that is taken.
+    """
+    return asyncio.run(serve(engine_config, server_config))
+
+
+async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Start the engine and the HTTP server, and end them in order."""
+    tokenizer = load_tokenizer(engine_config.model)
+    model = load_model_info(engine_config.model, tokenizer, server_config)
+    console = Console(stderr=True)
+    with listen(server_config) as listener, Progress(console=console, transient=True) as bar:
+        loading = bar.add_task(f"loading {model.name}", total=None)
+        engine = EngineClient(
+            engine_config, on_progress=lambda d, t: bar.update(loading, completed=d, total=t)
+        )
+        await engine.start()
+        bar.stop()
+        app = create_app(engine, tokenizer, server_config, model)
+        server = HttpServer(app.state.serving)
+        announce(console, server_config.host, listener.getsockname()[1], model.name)
+        try:
+            await server.run_until_signal(listener, uvicorn.Config(app, log_level="warning"))
+        finally:
+            await engine.shutdown()
+    return 0
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Bind the port before the slow part, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        where = f"--host {config.host} --port {config.port}"
+        raise ConfigError(f"can't listen on {where}: {error.strerror}") from None
+    return listener
+
+
+def announce(console: Console, host: str, port: int, model: str) -> None:
+    """Say where the server is and how to try it."""
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    console.print(f"Serving {model} on {url}", style="bold", markup=False, highlight=False)
+    line = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class HttpServer:
+    """uvicorn, with our own way out."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._leave = asyncio.Event()
+
+    async def run_until_signal(self, listener: socket.socket, config: uvicorn.Config) -> None:
+        """Serve on listener until a signal; then refuse new requests and drain."""
+        config.timeout_graceful_shutdown = LAST_REPLIES
+        server = QuietServer(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._leave.set)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await self._leave.wait()
+        self._leave.clear()  # a second signal ends the drain
+        await self._drain()
+        server.should_exit = True
+        await serving
+
+    async def _drain(self) -> None:
+        """Let running requests end while /health says 503, up to the deadline."""
+        self._serving.draining = True
+        deadline = time.monotonic() + self._serving.config.drain_timeout
+        while self._serving.num_in_flight and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leave.wait(), POLL)
+                return
+
+
+class QuietServer(uvicorn.Server):
+    """Leaves signals alone: HttpServer handles them, and exits 0 where uvicorn would raise."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Install no handlers."""
+        yield
