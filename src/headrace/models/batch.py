@@ -34,9 +34,7 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     query_start: Tensor  # [num_seqs + 1] int32
     seq_lens: Tensor  # [num_seqs] int32: tokens in the cache after this step
-    groups: tuple[
-        KVGroup, ...
-    ]  # the model's layer i uses groups[model.kv_layout.group_of_layer[i]]
+    groups: tuple[KVGroup, ...]  # layer i of the model uses groups[kv_layout.group_of_layer[i]]
     output_rows: Tensor  # [num_outputs] int64: rows whose logits are wanted
     # [num_layers] of [2 (k, v), num_pages, block_size, num_kv_heads, head_dim], written in place
     kv_cache: tuple[Tensor, ...]
