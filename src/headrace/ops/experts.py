@@ -44,7 +44,7 @@ def moe(
     sorted_out = grouped_linear(hidden, counts, experts.down, experts.down_bias)
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
-    weighted = out.view(num_tokens, top_k, -1) * expert_weights.unsqueeze(-1)
+    weighted = out.unflatten(0, (num_tokens, top_k)) * expert_weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
 
@@ -56,14 +56,14 @@ def grouped_linear(
 ) -> Tensor:
     """y = x W_e^T + b_e for the rows of each expert e; experts without rows are not read."""
     assert sum(counts) == len(x), f"{counts=} {x.shape=}"
-    hit = [expert for expert, count in enumerate(counts) if count]
-    groups = x.split([counts[expert] for expert in hit])
-    return torch.cat(
-        [
-            linear(rows, _expert(weight, expert, x.dtype), bias[expert])
-            for expert, rows in zip(hit, groups, strict=True)
-        ]
-    )
+    out = x.new_empty(len(x), bias.shape[1])
+    end = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = slice(end, end + count)
+            out[rows] = linear(x[rows], _expert(weight, expert, x.dtype), bias[expert])
+            end += count
+    return out
 
 
 def swiglu(

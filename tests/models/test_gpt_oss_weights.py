@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headrace.config import ConfigError
+from headrace.models import load_model
+from headrace.models.config import parse_config
+from headrace.models.gpt_oss_weights import tensor_shapes
+from headrace.models.weights import quantize_experts, read_json, write_checkpoint
+from headrace.ops.mxfp4 import MXFP4Weight
+from tests.checkpoints import random_checkpoint, random_tensors, tiny_config
+from tests.oracles import stored_tensors
+from tests.paged import logits_of
+
+EXPERTS = "model.layers.1.mlp.experts"
+PROMPT = list(range(50))
+
+
+def rewrite(path: Path, change: dict[str, Tensor | None]) -> Path:
+    """Replace tensors of a checkpoint of one file; None drops one."""
+    file = path / "model.safetensors"
+    tensors = load_file(file) | change
+    save_file({name: t for name, t in tensors.items() if t is not None}, file)
+    return path
+
+
+def test_the_table_of_shapes_fits_the_published_20b_model() -> None:
+    config = parse_config(
+        tiny_config(
+            **{"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32},
+            **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64},
+            **{"vocab_size": 201088, "num_hidden_layers": 24},
+        )
+    )
+    shapes = tensor_shapes(config, is_mxfp4=True)
+    assert len(shapes) == 3 + 24 * 19
+    assert shapes[f"{EXPERTS}.gate_up_proj_blocks"] == (32, 5760, 90, 16)
+    assert shapes[f"{EXPERTS}.down_proj_scales"] == (32, 2880, 90)
+    assert shapes["model.layers.23.self_attn.q_proj.weight"] == (4096, 2880)
+    assert shapes["model.layers.23.self_attn.o_proj.bias"] == (2880,)
+    assert tensor_shapes(config, is_mxfp4=False)[f"{EXPERTS}.gate_up_proj"] == (32, 2880, 5760)
+
+
+def test_packed_and_dequantized_checkpoints_give_the_same_logits(tmp_path: Path) -> None:
+    packed = random_checkpoint(tmp_path / "packed", seed=0)
+    dense = {name: t.bfloat16() for name, t in stored_tensors(packed).items()}
+    write_checkpoint(tmp_path / "dense", tiny_config(), dense, max_shard_bytes=20_000)
+    logits = [logits_of(load_model(tmp_path / d), PROMPT) for d in ("packed", "dense")]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "gptq"}])
+def test_packed_experts_are_known_by_their_names(
+    tmp_path: Path, quantization: dict[str, Any] | None
+) -> None:
+    tensors = quantize_experts(random_tensors(tiny_config(), seed=0))
+    config = tiny_config(quantization_config=quantization)
+    write_checkpoint(tmp_path / "renamed", config, tensors)
+    expected = logits_of(load_model(random_checkpoint(tmp_path / "plain", seed=0)), PROMPT)
+    assert torch.equal(logits_of(load_model(tmp_path / "renamed"), PROMPT), expected)
+
+
+def test_packed_experts_stay_packed_in_bfloat16(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path, seed=0)
+    experts = [load_model(path, dtype=d).weights.layers[0].experts for d in ("bfloat16", "float32")]
+    assert isinstance(experts[0].gate_up, MXFP4Weight)
+    assert isinstance(experts[1].gate_up, Tensor)
+    assert torch.equal(experts[0].gate_up.dequantize(torch.float32), experts[1].gate_up)
+    assert torch.equal(experts[0].down.dequantize(torch.float32), experts[1].down)
+
+
+def test_swapped_scales_change_the_logits(tmp_path: Path) -> None:
+    right = logits_of(load_model(random_checkpoint(tmp_path, seed=0)), PROMPT)
+    name = f"{EXPERTS}.gate_up_proj_scales"
+    scales = load_file(tmp_path / "model.safetensors")[name]
+    wrong = logits_of(load_model(rewrite(tmp_path, {name: scales.flip(1).contiguous()})), PROMPT)
+    assert (wrong - right).abs().max() > 0.1
+
+
+WRONG: list[tuple[str, Tensor | None, str]] = [
+    ("model.norm.weight", None, "missing tensor model.norm.weight [64]"),
+    (f"{EXPERTS}.down_proj_scales", None, f"missing tensor {EXPERTS}.down_proj_scales [5, 64, 2]"),
+    ("model.layers.0.self_attn.sinks", torch.zeros(5), "sinks has shape [5], expected [4]"),
+    ("model.layers.2.self_attn.sinks", torch.zeros(4), "unknown tensor model.layers.2"),
+    (f"{EXPERTS}.gate_up_proj", torch.zeros(5, 64, 128), f"unknown tensor {EXPERTS}.gate_up_proj"),
+    (f"{EXPERTS}.gate_up_proj_blocks", torch.zeros(5, 128, 2, 16), "has dtype F32, expected U8"),
+    (
+        f"{EXPERTS}.down_proj_scales",
+        torch.full((5, 64, 2), 255, dtype=torch.uint8),
+        f"tensor {EXPERTS}.down_proj_scales holds 0xFF",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), WRONG, ids=[m for _, _, m in WRONG])
+def test_a_wrong_tensor_is_named(
+    tmp_path: Path, name: str, tensor: Tensor | None, message: str
+) -> None:
+    path = rewrite(random_checkpoint(tmp_path, seed=0), {name: tensor})
+    with pytest.raises(ConfigError) as error:
+        load_model(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size"])
+def test_packed_sizes_must_be_multiples_of_32(tmp_path: Path, field: str) -> None:
+    """A file cannot hold such experts, so the names alone must be enough to refuse it."""
+    path = random_checkpoint(tmp_path, seed=0)
+    tensors = load_file(path / "model.safetensors")
+    write_checkpoint(path, read_json(path / "config.json") | {field: 48}, tensors)
+    with pytest.raises(ConfigError, match=f"{field} is 48; MXFP4 experts need a multiple of 32"):
+        load_model(path)
+
+
+def test_tied_embeddings_bring_no_head(tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    write_checkpoint(tmp_path, config, random_tensors(tiny_config(), seed=0))
+    with pytest.raises(ConfigError, match=r"unknown tensor lm_head\.weight"):
+        load_model(tmp_path)
