@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.config import ConfigError, EngineConfig
+from headrace.config import ConfigError
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, RequestOutput
 from tests.engine.toy_model import (
     VOCAB,
+    WINDOWS,
     ToyModel,
     add_request,
     pages_to_bytes,
@@ -53,9 +54,10 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     return found
 
 
-def alone(request: AddRequest) -> list[RequestOutput]:
+def alone(request: AddRequest, windows: tuple[int, ...] = WINDOWS) -> list[RequestOutput]:
     """What the request gets from a large engine of its own, without a prefix cache."""
-    return run(toy_engine(enable_prefix_caching=False), request)[request.request_id]
+    engine = toy_engine(ToyModel(windows), enable_prefix_caching=False)
+    return run(engine, request)[request.request_id]
 
 
 def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]:
@@ -79,6 +81,7 @@ def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]
 @settings(max_examples=150, deadline=None)
 @given(
     work=arrivals(),
+    windows=st.sampled_from([WINDOWS, WINDOWS, (0,), (6,), (4, 0, 9)]),
     pages=st.integers(14, 40),
     max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.integers(1, 40),
@@ -86,12 +89,14 @@ def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]
 )
 def test_requests_get_the_tokens_they_get_alone(
     work: list[Arrival],
+    windows: tuple[int, ...],
     pages: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     prefix_caching: bool,
 ) -> None:
     engine = toy_engine(
+        ToyModel(windows),
         kv_cache_memory=pages_to_bytes(pages, 4),
         max_model_len=54,
         max_num_seqs=max_num_seqs,
@@ -104,9 +109,9 @@ def test_requests_get_the_tokens_they_get_alone(
         if got[-1].finish_reason == "abort":
             assert arrival.abort_at is not None
             tokens = [token for output in got for token in output.token_ids]
-            assert tokens == tokens_of(alone(request))[: len(tokens)]
+            assert tokens == tokens_of(alone(request, windows))[: len(tokens)]
             continue
-        expected = alone(request)
+        expected = alone(request, windows)
         assert tokens_of(got) == tokens_of(expected)
         assert got[-1].finish_reason == expected[-1].finish_reason
         assert [o.logprobs for o in got] == [o.logprobs for o in expected]
@@ -139,6 +144,23 @@ def test_the_toy_model_notices_lost_writes() -> None:
     request = add_request("a", [3, 1, 4, 1, 5, 9], max_tokens=8)
     wrong = run(toy_engine(ForgetfulModel()), request)["a"]
     assert tokens_of(wrong) != tokens_of(alone(request))
+
+
+def test_a_cancel_storm_leaves_nothing_behind() -> None:
+    engine = toy_engine(kv_cache_memory=pages_to_bytes(14, 4), max_num_seqs=4, max_model_len=40)
+    canary = add_request("canary", [3, 1, 4, 1, 5], max_tokens=30)
+    engine.add_request(canary)
+    tokens: list[int] = []
+    for i in range(200):
+        engine.add_request(add_request(f"r{i}", [i % VOCAB] * (1 + i % 20), max_tokens=15))
+        engine.abort([f"r{i - i % 7}"])
+        tokens += [t for o in engine.step() if o.request_id == "canary" for t in o.token_ids]
+        engine.check()
+    engine.abort(list(engine.requests))
+    assert engine.cache.usage == 0
+    assert tokens == tokens_of(alone(canary))
+    assert {output.finish_reason for output in engine.step()} == {"abort"}
+    assert tokens_of(run(engine, add_request("fresh", [1, 2]))["fresh"])
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -283,11 +305,8 @@ def test_earlier_arrivals_go_first() -> None:
     assert [o.request_id for o in engine.step()] == ["late"]
 
 
-def test_the_model_length_must_fit_the_cache() -> None:
-    config = EngineConfig(block_size=4, kv_cache_memory=pages_to_bytes(12, 4), max_model_len=200)
-    with pytest.raises(ConfigError, match=r"--max-model-len is 200.*--kv-cache-memory \d+ bytes"):
-        Engine(config, model=ToyModel())
-    with pytest.raises(ConfigError, match="this model has 256 positions"):
-        toy_engine(max_model_len=257)
-    with pytest.raises(ConfigError, match="the smallest cache of this model takes"):
+def test_a_cache_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--max-model-len is 200, too long"):
+        toy_engine(kv_cache_memory=pages_to_bytes(12, 4), max_model_len=200)
+    with pytest.raises(ConfigError, match="too few for one request"):
         toy_engine(kv_cache_memory=100)

@@ -20,6 +20,7 @@ from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
 from headrace.models.batch import Batch, KVGroup, KVLayout
 
 VOCAB = 32
+WINDOWS = (0, 6)
 PRIME = 2**31 - 1
 TOKEN_BYTES = 2 * 8  # of one layer: k and v, one head of one int64
 
@@ -27,7 +28,7 @@ TOKEN_BYTES = 2 * 8  # of one layer: k and v, one head of one int64
 class ToyModel:
     """windows: one layer and one KV group for each."""
 
-    def __init__(self, windows: tuple[int, ...] = (0, 6), max_positions: int = 256) -> None:
+    def __init__(self, windows: tuple[int, ...] = WINDOWS, max_positions: int = 256) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.int64
         self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=max_positions)
@@ -66,9 +67,9 @@ class ToyModel:
         return torch.stack(hashes)
 
 
-def pages_to_bytes(full_pages: int, block_size: int) -> int:
-    """kv_cache_memory that gives both groups of a (0, w) toy this many pages or a few less."""
-    return 2 * full_pages * block_size * TOKEN_BYTES
+def pages_to_bytes(num_pages: int, block_size: int) -> int:
+    """kv_cache_memory for two groups with this many pages each."""
+    return 2 * num_pages * block_size * TOKEN_BYTES
 
 
 def toy_engine(model: ToyModel | None = None, **config: Any) -> Engine:

@@ -39,65 +39,51 @@ def page_bytes(layout: KVLayout, block_size: int, dtype: torch.dtype) -> list[in
     return [layer * layout.group_of_layer.count(g) for g in range(len(layout.windows))]
 
 
-def plan_pages(
-    layout: KVLayout, config: EngineConfig, memory: int, dtype: torch.dtype
-) -> list[int]:
-    """Pages of each group.
+def plan_cache(
+    layout: KVLayout, config: EngineConfig, memory: int, dtype: torch.dtype, positions: int
+) -> tuple[list[int], int]:
+    """Pages of each group, and the longest prompt plus output.
 
-    Window groups get what max_num_seqs running requests can hold at most, twice, so that as
-    much again can be found by the prefix cache, but never more than half of the memory. The
-    full groups share the rest.
+    Every group gets the least that one request needs. Up to half of what is left goes to window
+    groups: what max_num_seqs running requests can hold, twice, so that as much again can be found
+    by the prefix cache. The rest goes to the full groups.
 
     Raises:
-        ConfigError: the memory can't hold the window of one request and a page of each full group.
+        ConfigError: --max-model-len is more than the model's positions or than the memory holds.
     """
-    sizes = page_bytes(layout, config.block_size, dtype)
-    full = [g for g, window in enumerate(layout.windows) if not window]
+    if (config.max_model_len or 0) > positions:
+        raise ConfigError(
+            f"--max-model-len is {config.max_model_len}; this model has {positions} positions"
+        )
+    block_size, windows = config.block_size, layout.windows
+    sizes = page_bytes(layout, block_size, dtype)
+    full_bytes = sum(size for size, window in zip(sizes, windows, strict=True) if not window)
+    long = -(-(config.max_model_len or 1) // block_size)
     # a window not aligned to pages touches one more, and the next token may need another
-    least = [-(-window // config.block_size) + 2 if window else 1 for window in layout.windows]
-    needed = sum(n * size for n, size in zip(least, sizes, strict=True))
-    if needed > memory:
-        raise ConfigError(
-            f"--kv-cache-memory is {memory} bytes; the smallest cache of this model takes {needed}"
-        )
-    if not full:
-        return [memory // sum(sizes)] * len(sizes)
-    chunk = -(-config.max_num_batched_tokens // config.block_size)
-    pages = [0] * len(sizes)
-    share = (memory // 2) // (len(sizes) - len(full) or 1)
-    for g, window in enumerate(layout.windows):
-        if window:
-            most = 2 * (config.max_num_seqs * least[g] + chunk)
-            pages[g] = max(least[g], min(most, share // sizes[g]))
-    rest = memory - sum(n * size for n, size in zip(pages, sizes, strict=True))
-    for g in full:
-        pages[g] = rest // sum(sizes[g] for g in full)
-    return pages
+    pages = [-(-window // block_size) + 2 if window else long for window in windows]
+    left = memory - sum(n * size for n, size in zip(pages, sizes, strict=True))
+    if left < 0:
+        raise ConfigError(_too_small(config, memory, -left, long, full_bytes))
+    if not full_bytes:
+        return [n + left // sum(sizes) for n in pages], config.max_model_len or positions
+    windowed = [g for g, window in enumerate(windows) if window]
+    chunk = -(-config.max_num_batched_tokens // block_size)
+    for g in windowed:
+        most = 2 * (config.max_num_seqs * pages[g] + chunk)
+        pages[g] += min(most - pages[g], left // 2 // len(windowed) // sizes[g])
+    rest = memory - sum(pages[g] * sizes[g] for g in windowed)
+    pages = [n if window else rest // full_bytes for n, window in zip(pages, windows, strict=True)]
+    return pages, config.max_model_len or min(positions, rest // full_bytes * block_size)
 
 
-def resolve_max_model_len(
-    layout: KVLayout, config: EngineConfig, pages: list[int], dtype: torch.dtype, positions: int
-) -> int:
-    """The flag if model and cache allow it, or else the longest that both do.
-
-    Raises:
-        ConfigError: --max-model-len is more than the model's positions or than the cache holds.
-    """
-    full_pages = [n for n, window in zip(pages, layout.windows, strict=True) if not window]
-    capacity = min(full_pages, default=positions) * (config.block_size if full_pages else 1)
-    wanted = config.max_model_len
-    if wanted is None:
-        return min(positions, capacity)
-    if wanted > positions:
-        raise ConfigError(
-            f"--max-model-len is {wanted}; this model has {positions} positions: use at most that"
-        )
-    if wanted > capacity:
-        sizes = page_bytes(layout, config.block_size, dtype)
-        missing = -(-(wanted - capacity) // config.block_size)
-        more = missing * sum(s for s, w in zip(sizes, layout.windows, strict=True) if not w)
-        raise ConfigError(
-            f"--max-model-len is {wanted}, but the KV cache holds {capacity} tokens: lower it to "
-            f"{capacity} or give --kv-cache-memory {more} bytes more"
-        )
-    return wanted
+def _too_small(config: EngineConfig, memory: int, missing: int, long: int, full_bytes: int) -> str:
+    """What to change when the least pages of all groups don't fit."""
+    advice = f"give --kv-cache-memory {memory + missing}"
+    if config.max_model_len is None:
+        return f"--kv-cache-memory is {memory} bytes, too few for one request: {advice}"
+    fitting = (long - -(-missing // full_bytes)) * config.block_size if full_bytes else 0
+    if fitting > 0:
+        advice += f" or lower it to {fitting}"
+    return (
+        f"--max-model-len is {config.max_model_len}, too long for {memory} bytes of cache: {advice}"
+    )

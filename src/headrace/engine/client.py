@@ -96,6 +96,7 @@ class EngineClient:
         try:
             self.ready = await self._ready
         except BaseException:
+            self.process.kill()  # while it loads it reads no messages
             await self.shutdown()
             raise
 

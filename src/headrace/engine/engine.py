@@ -9,7 +9,7 @@ from itertools import count
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.cache_size import cache_memory, plan_pages, resolve_max_model_len
+from headrace.engine.cache_size import cache_memory, plan_cache
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
     AddRequest,
@@ -43,9 +43,8 @@ class Engine:
         self.model = model or load_model(config.model, config.device, config.dtype, progress)
         layout, dtype = self.model.kv_layout, self.model.dtype
         memory = cache_memory(config, self.model.device)
-        pages = plan_pages(layout, config, memory, dtype)
         positions = self.model.config.max_position_embeddings
-        self.max_model_len = resolve_max_model_len(layout, config, pages, dtype, positions)
+        pages, self.max_model_len = plan_cache(layout, config, memory, dtype, positions)
         self.cache = KVCache(layout.windows, pages, config.block_size, config.enable_prefix_caching)
         self.runner = Runner(self.model, pages, config.block_size)
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,14 +21,11 @@ class Runner:
         self.model = model
         self.block_size = block_size
         layout = model.kv_layout
-        # zeros, for attention may gather whole pages; untouched pages cost no memory on Linux
+        page = block_size, layout.num_kv_heads, layout.head_dim
         self.kv_cache = tuple(
-            torch.zeros(
-                2, num_pages[g], block_size, layout.num_kv_heads, layout.head_dim,
-                dtype=model.dtype, device=model.device,
-            )
+            lazy_zeros((2, num_pages[g], *page), model.dtype, model.device)
             for g in layout.group_of_layer
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def forward(
@@ -75,3 +73,14 @@ class Runner:
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(values).to(device=self.model.device, dtype=dtype)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU their memory is taken as it is written (torch.zeros writes all of it).
+
+    Zeros and not torch.empty: attention may gather whole pages, and 0 * NaN is NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
