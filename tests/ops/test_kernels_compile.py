@@ -1,0 +1,118 @@
+"""Every kernel compiled for sm_80 and sm_90 without a GPU: instructions, registers, memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = r"""
+import json, re, subprocess, sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from headrace.ops import experts_kernel, routing_kernel
+
+CONTEXT = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "y": "*bf16",
+           "residual": "*bf16", "summed": "*bf16", "partials": "*fp32", "weights": "*fp32",
+           "slot_weights": "*fp32"}
+FLOATS = {"eps", "alpha", "limit", "weight_factor"}
+ALIGNED = {"hidden", "in_features", "out_features", "out_stride"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
+    signature, attrs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        base = name.removesuffix("_ptr")
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = types.get(base) or CONTEXT.get(base, "*i32")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr") or name in ALIGNED:
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(kernel, signature, constants, attrs)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    Path("k.cubin").write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", "k.cubin"], capture_output=True, text=True)
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage.stdout)[1]),
+        "shared": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*0x10", ptx)),
+    }
+
+def matmul(capability, mxfp4, first, block_m, block_n, warps, stages):
+    constants = dict(
+        TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
+        MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1)
+    return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
+                          stages, weight="*i32" if mxfp4 else "*bf16")
+
+def all_kernels(capability):
+    results = {}
+    for first in (True, False):
+        results[f"mxfp4 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4)
+    results["bf16 16"] = matmul(capability, False, True, 16, 64, 4, 3)
+    if capability == 90:
+        results["mxfp4 128"] = matmul(capability, True, True, 128, 128, 8, 3)
+    else:
+        results["mxfp4 64"] = matmul(capability, True, True, 64, 64, 4, 3)
+    results["sum"] = compile_kernel(experts_kernel.weighted_sum_kernel, capability,
+                                    dict(TOP_K=4, ADD_RESIDUAL=True, BLOCK=1024))
+    results["norm"] = compile_kernel(routing_kernel.rms_norm_kernel, capability,
+                                     dict(ADD_RESIDUAL=True, BLOCK=4096), 8)
+    for experts in (32, 128):
+        results[f"router {experts}"] = compile_kernel(
+            routing_kernel.router_kernel, capability,
+            dict(TOP_K=4, PADDED_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SLICE_K=192,
+                 BLOCK_K=64, SLICES=15, BLOCK_M=16, SLOTS=512))
+    results["sort count"] = compile_kernel(routing_kernel.sort_count_kernel, capability,
+                                           dict(EXPERTS=128, SLOTS=512), 8)
+    results["sort place"] = compile_kernel(routing_kernel.sort_place_kernel, capability,
+                                           dict(EXPERTS=128, SLOTS=512, CHUNKS=16, BLOCK_M=16), 8)
+    return results
+
+print(json.dumps(all_kernels(int(sys.argv[1]))))
+"""
+
+
+def compile_all(capability: int, folder: Path) -> dict:
+    """In a process of its own: the interpreter's switch is read when Triton is imported."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-c", SCRIPT, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_and_fits(capability, tmp_path):
+    pytest.importorskip("triton")
+    kernels = compile_all(capability, tmp_path)
+    shared_limit = {80: 163 * 1024, 90: 227 * 1024}[capability]
+    for name, kernel in kernels.items():
+        assert kernel["stack"] == 0, (name, kernel)  # nothing spilled
+        assert kernel["registers"] <= 255, (name, kernel)
+        assert kernel["shared"] <= shared_limit, (name, kernel)
+    matmuls = [kernel for name, kernel in kernels.items() if name.startswith(("mxfp4", "bf16"))]
+    wanted, other = ("wgmma", "mma") if capability == 90 else ("mma", "wgmma")
+    for kernel in matmuls:
+        assert kernel[wanted] > 0
+        assert kernel[other] == 0
+        assert kernel["wide_copies"] > 0  # 16 bytes a thread
+    # three programs of the decode kernel on an SM, so that their loads overlap
+    assert kernels["mxfp4 16 True"]["registers"] <= 128
+    assert kernels["mxfp4 16 True"]["shared"] * 3 <= shared_limit
