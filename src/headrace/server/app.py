@@ -38,7 +38,8 @@ from headrace.server.serving import Serving
 from headrace.server.stream import EventStream, until_disconnect
 from headrace.server.tokenizer import Tokenizer
 
-EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 GENERATE = documented(400, 401, 404, 500, 503) | {200: EVENTS}
 bearer = HTTPBearer(auto_error=False, description="an API key, where the server has some")
 
@@ -50,12 +51,26 @@ def create_app(
     model_info: ModelInfo,
 ) -> FastAPI:
     """Build the API of one served model; the engine must be started."""
-    app = FastAPI(title="Headrace", version=__version__, redirect_slashes=False)
+    app = Api(title="Headrace", version=__version__, redirect_slashes=False)
     app.state.serving = Serving(engine_client, tokenizer, server_config, model_info)
     install_handlers(app)
     app.include_router(monitoring)
     app.include_router(api)
     return app
+
+
+class Api(FastAPI):
+    """FastAPI, but its document knows that invalid requests get 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document without the 422 that FastAPI adds to every route."""
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        return document
 
 
 def serving_of(request: Request) -> Serving:

@@ -130,4 +130,4 @@ def field_path(loc: Sequence[str | int]) -> str:
 
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none", "NamedToolChoice", "[key]"})
+TYPE_NAMES = frozenset({"str", "constrained-str", "int", "NamedToolChoice", "[key]"})

@@ -21,8 +21,7 @@ Kind = Literal["reasoning", "content", "tool"]
 
 # What may stand before and after <|channel|>, as far as it has come.
 RECIPIENT = r"(?:\s+(?:t|to|to=\S{0,256})?)?"
-OPEN_ROLE = re.compile(r"(?:assistant)?" + RECIPIENT + r"\s*")
-ROLE_PREFIX = re.compile(r"\s*[a-z]{0,9}")
+ROLE = re.compile(r"\s*[a-z]{0,9}" + RECIPIENT + r"\s*")
 CHANNEL = re.compile(r"\s*[A-Za-z_]{0,32}" + RECIPIENT + r"(?:\s+[\w<|>]{0,32})?\s*")
 
 
@@ -135,10 +134,7 @@ class HarmonyParser:
     def _may_be_header(self) -> bool:
         if self._state is State.CHANNEL:
             return CHANNEL.fullmatch(self._channel_part) is not None
-        role = self._role_part
-        return OPEN_ROLE.fullmatch(role) is not None or (
-            ROLE_PREFIX.fullmatch(role) is not None and "assistant".startswith(role.strip())
-        )
+        return ROLE.fullmatch(self._role_part) is not None
 
     def _open_header(self, state: State, role: str) -> None:
         self._state = state

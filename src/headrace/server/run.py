@@ -45,12 +45,13 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         await engine.start()
         bar.stop()
         app = create_app(engine, tokenizer, server_config, model)
-        server = HttpServer(app.state.serving)
+        http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))
         announce(console, server_config.host, listener.getsockname()[1], model.name)
         try:
-            await server.run_until_signal(listener, uvicorn.Config(app, log_level="warning"))
+            await http.serve_until_signal(listener)
         finally:
             await engine.shutdown()
+            await http.close()
     return 0
 
 
@@ -79,25 +80,28 @@ def announce(console: Console, host: str, port: int, model: str) -> None:
 
 
 class HttpServer:
-    """uvicorn, with our own way out."""
+    """uvicorn, with our own way out: drain, then the engine ends, then the connections."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, config: uvicorn.Config) -> None:
+        config.timeout_graceful_shutdown = LAST_REPLIES
         self._serving = serving
+        self._server = QuietServer(config)
         self._leave = asyncio.Event()
 
-    async def run_until_signal(self, listener: socket.socket, config: uvicorn.Config) -> None:
+    async def serve_until_signal(self, listener: socket.socket) -> None:
         """Serve on listener until a signal; then refuse new requests and drain."""
-        config.timeout_graceful_shutdown = LAST_REPLIES
-        server = QuietServer(config)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave.set)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
         await self._leave.wait()
         self._leave.clear()  # a second signal ends the drain
         await self._drain()
-        server.should_exit = True
-        await serving
+
+    async def close(self) -> None:
+        """Send the last replies and close all connections."""
+        self._server.should_exit = True
+        await self._task
 
     async def _drain(self) -> None:
         """Let running requests end while /health says 503, up to the deadline."""

@@ -162,9 +162,11 @@ class Serving:
 
     def engine_error(self, output: RequestOutput) -> ApiError:
         """Say whose fault an engine's error is."""
+        if self.draining:
+            return ApiError(503, "the server was shut down before this request was done")
         if not self.engine.is_alive:
             return self.dead_engine_error()
-        return ApiError(503 if self.draining else 400, output.error or "refused by the engine")
+        return bad_request(output.error or "refused by the engine")
 
 
 def outputs_of(engine: EngineClient, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
