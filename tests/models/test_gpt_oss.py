@@ -149,6 +149,18 @@ def test_sequences_in_one_batch_do_not_touch_each_other(tmp_path: Path) -> None:
     assert min(sequences.tables[1][1]) == -1, "the window has passed no page"
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="measured with MKL only")
+def test_decode_rows_are_bit_identical_in_any_company(tmp_path: Path) -> None:
+    model = load_model(random_checkpoint(tmp_path, seed=0))
+    texts = [prompt(seed, 30) for seed in range(3)]
+    alone = [logits_of(model, text, chunk=1) for text in texts]
+    sequences = PagedSequences(model, 3)
+    for position in range(30):
+        logits = sequences.step({s: [text[position]] for s, text in enumerate(texts)})
+        for seq in range(3):
+            assert torch.equal(logits[seq], alone[seq][position])
+
+
 def test_only_the_wanted_rows_come_back(tmp_path: Path) -> None:
     model = load_model(random_checkpoint(tmp_path, seed=0))
     everything = logits_of(model, prompt())
@@ -203,3 +215,19 @@ def test_bfloat16_with_packed_experts_is_near_float32(tmp_path: Path) -> None:
     a, b = logits_of(exact, prompt()), logits_of(rounded, prompt())
     assert (a - b).square().mean().sqrt() < 0.1 * a.std()
     assert (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_in_float32_equals_the_cpu(tmp_path: Path, name: str) -> None:
+    path = checkpoint(tmp_path, name)
+    expected = logits_of(load_model(path), prompt())
+    got = logits_of(load_model(path, "cuda", "float32"), prompt()).cpu()
+    assert distance(got, expected) < TOLERANCE
+
+
+@pytest.mark.gpu
+def test_cuda_in_bfloat16_is_near_float32(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path, seed=0)
+    exact, rounded = (logits_of(load_model(path, d), prompt()).cpu() for d in ("cpu", "cuda"))
+    assert (exact - rounded).square().mean().sqrt() < 0.1 * exact.std()
