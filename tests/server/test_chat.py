@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from headrace.server.chat_template import load_template_source
 from headrace.server.tokenizer import Tokenizer
 from tests.server.scripted_engine import ScriptedEngine, connect, scripted_app
 
@@ -182,6 +184,23 @@ async def test_refusals_name_the_field(
     error = response.json()["error"]
     assert error["code"] == 400
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900, 20_000])
+async def test_deep_schemas_are_no_500(tokenizer: Tokenizer, tmp_path: Path, depth: int) -> None:
+    source = load_template_source(tmp_path, is_harmony=True)
+    assert source is not None
+    nested = '{"properties": {"a": ' * depth + "{}" + "}}" * depth
+    tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {nested}}}}}'
+    content = (
+        '{"model": "scripted", "messages": [{"role": "user", "content": "x"}], '
+        f'"tools": [{tool}]}}'
+    )
+    engine = ScriptedEngine(tokenizer.encode(ANSWER))
+    async with connect(scripted_app(engine, tokenizer, source)) as http:
+        headers = {"content-type": "application/json"}
+        response = await http.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code in (200, 400), response.text
 
 
 async def test_no_tools_no_calls(tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 
-from headrace import __version__
+import headrace
 from headrace.config import ServerConfig
 from headrace.engine.client import EngineClient
 from headrace.server.chat import Chat, render_prompt
@@ -51,7 +51,7 @@ def create_app(
     model_info: ModelInfo,
 ) -> FastAPI:
     """Build the API of one served model; the engine must be started."""
-    app = Api(title="Headrace", version=__version__, redirect_slashes=False)
+    app = Api(title="Headrace", version=headrace.__version__, redirect_slashes=False)
     app.state.serving = Serving(engine_client, tokenizer, server_config, model_info)
     install_handlers(app)
     app.include_router(monitoring)
@@ -119,7 +119,7 @@ async def metrics(request: Request) -> Response:
 @api.get("/version", responses=documented(401))
 async def version() -> VersionResponse:
     """The server's version."""
-    return VersionResponse(version=__version__)
+    return VersionResponse(version=headrace.__version__)
 
 
 @api.get("/v1/models", responses=documented(401))
@@ -161,6 +161,7 @@ async def answer(request: Request, body: Any, kind: type[Chat] | type[Completion
     serving.check_model(body.model)
     serving.check_ready()
     work = kind(serving, body)
+    serving.metrics.n.observe(body.n)
     if body.stream:
         return EventStream(work.stream())
     result: BaseModel | None = await until_disconnect(request.receive, work.respond())

@@ -50,7 +50,9 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
         eos_token_ids=unique_ids([*([eos] if isinstance(eos, int) else eos), *chat_stops]),
         is_harmony=is_harmony,
         chat_template=ChatTemplate(source, tokenizer.quote) if source else None,
-        sampling_defaults={k: defaults[k] for k in SAMPLING_DEFAULTS if defaults.get(k)},
+        sampling_defaults={
+            k: defaults[k] for k in SAMPLING_DEFAULTS if defaults.get(k) is not None
+        },
     )
 
 

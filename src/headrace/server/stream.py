@@ -137,6 +137,10 @@ class EventStream(Response):
                     await send_body(send, event(chunk))
             except ApiError as error:
                 await send_body(send, event(error.body()))
+            except Exception as error:
+                bug = ApiError(500, f"internal error: {type(error).__name__}")
+                await send_body(send, event(bug.body()))
+                raise
         await send_body(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
