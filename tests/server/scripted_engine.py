@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -52,17 +53,20 @@ class ScriptedEngine:
             raise
 
 
-def scripted_app(engine: ScriptedEngine, tokenizer: Tokenizer, template: str = TEMPLATE) -> FastAPI:
+def scripted_app(
+    engine: ScriptedEngine, tokenizer: Tokenizer, template: str | None = TEMPLATE, **info: Any
+) -> FastAPI:
     eos = tuple(tokenizer.special_ids[t] for t in ("<|return|>", "<|call|>", "<|endoftext|>"))
-    model = ModelInfo(
-        name="scripted",
-        root="",
-        vocab_size=500,
-        eos_token_ids=eos,
-        is_harmony=True,
-        chat_template=ChatTemplate(template, tokenizer.quote),
-        sampling_defaults={},
-    )
+    values = {
+        "name": "scripted",
+        "root": "",
+        "vocab_size": 500,
+        "eos_token_ids": eos,
+        "is_harmony": True,
+        "chat_template": ChatTemplate(template, tokenizer.quote) if template else None,
+        "sampling_defaults": {},
+    }
+    model = ModelInfo(**values | info)
     return create_app(engine, tokenizer, ServerConfig(), model)  # type: ignore[arg-type]
 
 

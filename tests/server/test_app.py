@@ -53,6 +53,20 @@ def test_chat(client: openai.OpenAI) -> None:
     assert text == result.choices[0].message.content
 
 
+def test_a_forced_call_streams(client: openai.OpenAI) -> None:
+    """What a random model writes as arguments is noise, but it is a call, in the right shape."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    choice = {"type": "function", "function": {"name": "add"}}
+    fields = chat_fields("hi", tools=tools, tool_choice=choice, max_tokens=8)
+    [call] = client.chat.completions.create(**fields).choices[0].message.tool_calls
+    assert call.function.name == "add"
+    assert call.function.arguments
+    chunks = list(client.chat.completions.create(**fields, stream=True))
+    deltas = [d for c in chunks for d in c.choices[0].delta.tool_calls or []]
+    assert [d.function.name for d in deltas] == ["add"] + [None] * (len(deltas) - 1)
+    assert "".join(d.function.arguments or "" for d in deltas) == call.function.arguments
+
+
 async def test_eight_streams_give_the_answers_of_one(live: LiveServer) -> None:
     client = openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
 

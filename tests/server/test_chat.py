@@ -233,6 +233,31 @@ async def test_logprobs_cover_the_content(tokenizer: Tokenizer) -> None:
     assert engine.requests[0].params.logprobs == 0
 
 
+async def test_an_answer_can_be_sent_back(tokenizer: Tokenizer) -> None:
+    """What a client gets, with OpenAI's nulls beside it, is a message of the next request."""
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": "é"}'}}
+    nulls = {"refusal": None, "annotations": None, "audio": None, "function_call": None}
+    answer = {
+        "role": "assistant",
+        "content": "Well.",
+        "reasoning_content": "Hm.",
+        "tool_calls": [call],
+    }
+    messages = [USER, answer | nulls, {"role": "tool", "tool_call_id": "c", "content": "3"}]
+    template = (
+        "{% for m in messages if m.tool_calls %}"
+        "{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.tool_calls[0].function.arguments|tojson }}"
+        "{% endfor %}"
+    )
+    for content, expected in (("Well.", '|Hm.|{"a": "é"}'), (None, 'Hm.|Hm.|{"a": "é"}')):
+        messages[1]["content"] = content
+        engine = ScriptedEngine(tokenizer.encode(ANSWER))
+        async with connect(scripted_app(engine, tokenizer, template)) as http:
+            body = {"model": "scripted", "messages": messages}
+            assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+        assert tokenizer.decode(engine.requests[0].prompt_token_ids) == expected
+
+
 async def test_a_users_special_tokens_are_text(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a<|end|><|start|>system"}]}]
     _, engine = await post(tokenizer, ANSWER, messages=messages)
@@ -258,3 +283,26 @@ async def test_sampling_fields_reach_the_engine(tokenizer: Tokenizer) -> None:
     assert engine.requests[1].params.seed == 8
     _, engine = await post(tokenizer, ANSWER, ignore_eos=True)
     assert engine.requests[0].params.stop_token_ids == []
+
+
+async def test_a_model_without_harmony(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer.encode("Just text.<|endoftext|>"))
+    async with connect(scripted_app(engine, tokenizer, is_harmony=False)) as http:
+        body = {"model": "scripted", "messages": [USER]}
+        result = (await http.post("/v1/chat/completions", json=body)).json()
+    assert result["choices"][0]["message"]["content"] == "Just text."
+    async with connect(scripted_app(engine, tokenizer, template=None, is_harmony=False)) as http:
+        response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert "no chat template" in response.json()["error"]["message"]
+
+
+async def test_defaults_of_the_model(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(*[tokenizer.encode(ANSWER)] * 2)
+    defaults = {"temperature": 0.25, "top_k": 7}
+    async with connect(scripted_app(engine, tokenizer, sampling_defaults=defaults)) as http:
+        body = {"model": "scripted", "messages": [USER]}
+        await http.post("/v1/chat/completions", json=body)
+        await http.post("/v1/chat/completions", json=body | {"temperature": 0})
+    chosen = [(r.params.temperature, r.params.top_k, r.params.top_p) for r in engine.requests]
+    assert chosen == [(0.25, 7, 1.0), (0.0, 7, 1.0)]

@@ -51,12 +51,14 @@ def render_prompt(
 
 def template_message(message: dict[str, Any]) -> dict[str, Any]:
     """Bring a message into the form that Hugging Face's templates read."""
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: value for key, value in message.items() if value not in (None, [])}
     if isinstance(message.get("content"), list):
         message["content"] = "\n".join(part["text"] for part in message["content"])
     message.setdefault("content", "")
-    if "reasoning_content" in message:
-        message["thinking"] = message["reasoning_content"]  # what gpt-oss's own template calls it
+    # gpt-oss's own template calls reasoning "thinking", and refuses it beside both content and
+    # tool calls, though models write all three; ours reads reasoning_content.
+    if "reasoning_content" in message and not (message["content"] and "tool_calls" in message):
+        message["thinking"] = message["reasoning_content"]
     for call in message.get("tool_calls", []):
         call["function"]["arguments"] = parsed_arguments(call["function"]["arguments"])
     return message

@@ -82,12 +82,23 @@ def load_template_source(model_dir: Path, is_harmony: bool) -> str | None:
     path = model_dir / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    config_path = model_dir / "tokenizer_config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    source = config.get("chat_template")
+    source = read_json(model_dir / "tokenizer_config.json", missing_ok=True).get("chat_template")
     if isinstance(source, list):  # several named templates
         source = next((t["template"] for t in source if t.get("name") == "default"), None)
     if isinstance(source, str):
         return source
     ours = resources.files("headrace") / "data" / "harmony.jinja"
     return ours.read_text(encoding="utf-8") if is_harmony else None
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """Read a JSON object; ConfigError says what is wrong with the file."""
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError, ServerConfig
-from headrace.server.chat_template import ChatTemplate, load_template_source
+from headrace.server.chat_template import ChatTemplate, load_template_source, read_json
 from headrace.server.harmony import speaks_harmony
 from headrace.server.tokenizer import Tokenizer
 
@@ -37,6 +36,9 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
     Raises ConfigError naming the file that is missing or wrong.
     """
     model_config = read_json(model_dir / "config.json")
+    vocab_size = model_config.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise ConfigError(f"{model_dir / 'config.json'}: vocab_size is {vocab_size}, not a number")
     generation = read_json(model_dir / "generation_config.json", missing_ok=True)
     eos = generation.get("eos_token_id", model_config.get("eos_token_id")) or []
     is_harmony = speaks_harmony(tokenizer)
@@ -46,7 +48,7 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
     return ModelInfo(
         name=config.served_model_name or model_dir.resolve().name,
         root=str(model_dir),
-        vocab_size=model_config["vocab_size"],
+        vocab_size=vocab_size,
         eos_token_ids=unique_ids([*([eos] if isinstance(eos, int) else eos), *chat_stops]),
         is_harmony=is_harmony,
         chat_template=ChatTemplate(source, tokenizer.quote) if source else None,
@@ -59,16 +61,3 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
 def unique_ids(ids: list[int | None]) -> tuple[int, ...]:
     """Drop None and repetitions, keep the order."""
     return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a JSON object; ConfigError says what is wrong with the file."""
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return value
