@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,9 +13,7 @@ def rms_norm(
 ) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight, in float32. Returns y in x's shape and dtype."""
     assert x.shape[-1:] == weight.shape, f"{x.shape=} {weight.shape=}"
-    wide = x.float()
-    mean_square = wide.square().mean(-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def add_rms_norm(
