@@ -78,7 +78,7 @@ def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]
     return outputs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     work=arrivals(),
     windows=st.sampled_from([WINDOWS, WINDOWS, (0,), (6,), (4, 0, 9)]),

@@ -57,6 +57,16 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(logits, before), "logprobs need the raw logits"
 
 
+def test_a_draw_depends_on_seed_and_output_index_only() -> None:
+    logits = logits_of(1).expand(3, -1) / 4
+    for seed in range(20):
+        prompts = [[1], [2, 3, 4], [5] * 9]
+        assert len(set(choose_tokens(logits, [request(p, [7], seed) for p in prompts]))) == 1
+    outputs = [[7] * n for n in range(3)]
+    draws = [choose_tokens(logits, [request([1], o, seed) for o in outputs]) for seed in range(9)]
+    assert any(len(set(row)) > 1 for row in draws)
+
+
 def test_greedy_takes_the_most_likely() -> None:
     logits = logits_of(4)
     assert choose_tokens(logits, [greedy()] * 4) == logits.argmax(-1).tolist()

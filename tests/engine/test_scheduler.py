@@ -13,10 +13,12 @@ def scheduler(pages: int = 100, max_num_seqs: int = 8, max_tokens: int = 16) -> 
     return Scheduler(KVCache((0,), [pages], 4, True), max_num_seqs, max_tokens)
 
 
-def add(scheduler: Scheduler, name: str, prompt_len: int, **params: Any) -> Request:
-    """A request whose tokens no other one has."""
-    arrival = float(len(scheduler.waiting) + len(scheduler.running))
-    base = int(arrival + 1) * 10_000
+def add(
+    scheduler: Scheduler, name: str, prompt_len: int, arrival: float | None = None, **params: Any
+) -> Request:
+    """A request whose tokens no other one has, after all others if its arrival is not given."""
+    base = 10_000 * (1 + len(scheduler.waiting) + len(scheduler.running))
+    arrival = float(base) if arrival is None else arrival
     request = Request(
         request_id=name,
         prompt_len=prompt_len,
@@ -76,6 +78,19 @@ def test_the_latest_is_preempted_and_computes_its_tokens_again() -> None:
     assert s.waiting == [late]
     assert late.num_computed == 0
     assert late.num_tokens == 13
+
+
+def test_a_planned_decode_can_still_be_preempted() -> None:
+    s = scheduler(pages=7, max_tokens=2)
+    add(s, "late", 2)
+    assert step(s) == {"late": 2}
+    add(s, "early", 16, arrival=0.0)
+    steps = []
+    while not s.num_preemptions:
+        steps.append(step(s))
+    assert steps[0] == {"late": 1, "early": 1}
+    assert steps[-1] == {"early": 1}, "the row of the preempted request must not run"
+    assert [request.request_id for request in s.waiting] == ["late"]
 
 
 def test_a_waiting_request_needs_room_for_all_of_its_tokens() -> None:
