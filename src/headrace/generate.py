@@ -11,7 +11,7 @@ from rich.progress import Progress
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, SamplingParams
-from headrace.server.harmony import Delta, HarmonyParser, PlainParser
+from headrace.server.harmony import Delta, HarmonyParser, Kind, PlainParser
 from headrace.server.model_info import ModelInfo, load_model_info
 from headrace.server.tokenizer import load_tokenizer
 
@@ -35,11 +35,12 @@ def ask(
         stop_token_ids=list(model.eos_token_ids),
     )
     start, tokens = time.perf_counter(), 0
+    printer = Printer(console)
     parser = HarmonyParser(tokenizer) if model.is_harmony else PlainParser(tokenizer)
     for token in run(engine, AddRequest("ask", prompt, params, time.monotonic())):
         tokens += 1
-        show(console, parser.feed(token))
-    show(console, parser.finish())
+        printer.show(parser.feed(token))
+    printer.show(parser.finish())
     seconds = time.perf_counter() - start
     console.print(f"\n{tokens} tokens, {tokens / seconds:.0f} tokens/s", style="dim")
 
@@ -61,14 +62,20 @@ def run(engine: Engine, request: AddRequest) -> Iterator[int]:
             yield from output.token_ids
 
 
-def show(console: Console, deltas: list[Delta]) -> None:
-    """Print new text, reasoning dimmed and on lines of its own."""
-    for delta in deltas:
-        console.print(
-            delta.text,
-            end="",
-            style="dim" if delta.kind == "reasoning" else None,
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+class Printer:
+    """Prints text as it comes; reasoning is dimmed, and ends with an empty line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._kind: Kind | None = None
+
+    def show(self, deltas: list[Delta]) -> None:
+        """Print what a token added."""
+        for delta in deltas:
+            if self._kind not in (None, delta.kind):
+                self._console.print("\n")
+            self._kind = delta.kind
+            style = "dim" if delta.kind == "reasoning" else None
+            self._console.print(
+                delta.text, end="", style=style, markup=False, highlight=False, soft_wrap=True
+            )
