@@ -285,7 +285,7 @@ def compile_all(tiles: set[Tile]) -> None:
 def write(path: Path, rows: list[dict]) -> None:
     """Write rows and print them."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(path.name)
