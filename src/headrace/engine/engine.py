@@ -22,6 +22,7 @@ from headrace.engine.request import Request, RequestError, new_request
 from headrace.engine.runner import Runner
 from headrace.engine.sampler import choose_tokens, score_tokens
 from headrace.engine.scheduler import Plan, Scheduler
+from headrace.engine.threads import set_cpu_threads
 from headrace.models import Model, load_model
 
 
@@ -40,6 +41,7 @@ class Engine:
     ) -> None:
         start = time.monotonic()
         self.config = config
+        set_cpu_threads(config.model)
         self.model = model or load_model(config.model, config.device, config.dtype, progress)
         layout, dtype = self.model.kv_layout, self.model.dtype
         memory = cache_memory(config, self.model.device)

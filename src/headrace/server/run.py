@@ -77,6 +77,8 @@ def announce(console: Console, host: str, port: int, model: str) -> None:
     console.print(f"Serving {model} on {url}", style="bold", markup=False, highlight=False)
     line = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+    real = "A real checkpoint: headrace serve path/to/gpt-oss-20b (a Hugging Face directory)"
+    console.print(real, style="dim", markup=False, highlight=False)
 
 
 class HttpServer:

@@ -109,6 +109,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
     Raises ConfigError when there is neither, or the vocabulary isn't byte-level.
     """
+    if not model_dir.is_dir():
+        raise ConfigError(f"{model_dir} is not a directory; give a checkpoint's directory")
     path = model_dir / "tokenizer.json"
     if path.is_file():
         return from_tokenizer_json(path)
