@@ -26,6 +26,10 @@ def test_defaults_and_stops(folder: Path, tokenizer: Tokenizer) -> None:
     names = ("<|return|>", "<|call|>", "<|endoftext|>")
     assert info.eos_token_ids == (3, 4, *(tokenizer.special_ids[name] for name in names))
     assert info.name == folder.name
+    (folder / "generation_config.json").write_text('{"do_sample": false, "eos_token_id": [3, 4]}')
+    assert load_model_info(folder, tokenizer, ServerConfig()).sampling_defaults == {
+        "temperature": 0.0
+    }
     own = load_model_info(folder, tokenizer, ServerConfig(generation_config="none"))
     assert own.sampling_defaults == {}
     assert own.eos_token_ids == info.eos_token_ids

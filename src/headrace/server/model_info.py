@@ -44,7 +44,7 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
     is_harmony = speaks_harmony(tokenizer)
     chat_stops = [tokenizer.special_ids.get(name) for name in CHAT_STOPS] if is_harmony else []
     source = load_template_source(model_dir, is_harmony)
-    defaults = {} if config.generation_config == "none" else generation
+    defaults = {} if config.generation_config == "none" else sampling_defaults(generation)
     return ModelInfo(
         name=config.served_model_name or model_dir.resolve().name,
         root=str(model_dir),
@@ -52,10 +52,15 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
         eos_token_ids=unique_ids([*([eos] if isinstance(eos, int) else eos), *chat_stops]),
         is_harmony=is_harmony,
         chat_template=ChatTemplate(source, tokenizer.quote) if source else None,
-        sampling_defaults={
-            k: defaults[k] for k in SAMPLING_DEFAULTS if defaults.get(k) is not None
-        },
+        sampling_defaults=defaults,
     )
+
+
+def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    """Pick what requests that don't say otherwise get; do_sample false means greedy."""
+    greedy = {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    given = {k: v for k, v in generation.items() if k in SAMPLING_DEFAULTS and v is not None}
+    return greedy | given
 
 
 def unique_ids(ids: list[int | None]) -> tuple[int, ...]:

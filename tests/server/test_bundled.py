@@ -1,0 +1,91 @@
+"""The bundled model through the API: it reasons, answers and calls functions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.live import MODEL_NAME, LiveServer
+
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Evaluate an arithmetic expression.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
+    },
+}
+SUMS = [(123, 456), (9, 1), (77, 23), (808, 191), (5, 17), (640, 360), (31, 13)]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Iterator[LiveServer]:
+    with LiveServer(Path(str(resources.files("headrace") / "data" / "tiny"))) as server:
+        yield server
+
+
+def ask(question: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {"model": MODEL_NAME, "messages": messages, "max_tokens": 200} | fields
+
+
+def test_reasoning_and_answer(bundled: LiveServer) -> None:
+    with openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="any") as client:
+        result = client.chat.completions.create(**ask("What is 123 + 456?"))
+    message = result.choices[0].message
+    assert "579" in message.content
+    assert "carry" in message.model_extra["reasoning_content"]
+    assert result.choices[0].finish_reason == "stop"
+    assert result.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_tool_call_and_back(bundled: LiveServer, choice: str) -> None:
+    fields = ask("What is 12 * 7?", tools=[CALCULATOR])
+    with openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="any") as client:
+        first = client.chat.completions.create(**fields, tool_choice=choice).choices[0]
+        assert first.finish_reason == "tool_calls"
+        [call] = first.message.tool_calls
+        assert json.loads(call.function.arguments)["expression"].replace(" ", "") == "12*7"
+        result = {"role": "tool", "tool_call_id": call.id, "content": "84"}
+        fields["messages"] += [first.message.model_dump(), result]
+        last = client.chat.completions.create(**fields).choices[0]
+    assert last.finish_reason == "stop"
+    assert "84" in last.message.content
+
+
+async def test_eight_streams_give_the_answers_of_one(bundled: LiveServer) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{bundled.url}/v1", api_key="any", max_retries=0)
+    requests = [ask(f"What is {a} + {b}?") for a, b in SUMS]
+    requests.append(ask("What is 12 * 7?", tools=[CALCULATOR]))
+
+    async def answer(request: dict[str, Any]) -> dict[str, str]:
+        parts = {"reasoning": "", "content": "", "arguments": "", "finish": ""}
+        async for chunk in await client.chat.completions.create(**request, stream=True):
+            delta = chunk.choices[0].delta
+            parts["reasoning"] += (delta.model_extra or {}).get("reasoning_content") or ""
+            parts["content"] += delta.content or ""
+            for call in delta.tool_calls or []:
+                parts["arguments"] += call.function.arguments or ""
+            parts["finish"] = chunk.choices[0].finish_reason or ""
+        return parts
+
+    async with client:
+        alone = [await answer(request) for request in requests]
+        together = await asyncio.gather(*map(answer, requests))
+    assert together == alone
+    for (a, b), parts in zip(SUMS, alone, strict=False):
+        assert str(a + b) in parts["content"]
+    assert alone[-1]["finish"] == "tool_calls"
+    assert "12" in alone[-1]["arguments"]
