@@ -1,4 +1,4 @@
-"""The trained parameters as a checkpoint: MXFP4 experts, bfloat16 for the rest, tokenizer, template."""
+"""The trained parameters as a checkpoint: MXFP4 experts, bfloat16 for the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from model import Params, Shape, is_expert_weight
+from safetensors.torch import load_file
 from text import TEMPLATE
 from tokenizers import Tokenizer
 
@@ -28,6 +29,19 @@ def dequantized(params: Params) -> Params:
         return mxfp4.dequantize(*stored, torch.float32).transpose(1, 2).contiguous()
 
     return {n: read(p) if is_expert_weight(n) else p.float() for n, p in rounded(params).items()}
+
+
+def read_model(path: Path) -> Params:
+    """The parameters of a written model, in float32."""
+    stored = load_file(path / "model.safetensors")
+
+    def read(name: str) -> torch.Tensor:
+        blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+        return mxfp4.dequantize(blocks, scales, torch.float32).transpose(1, 2).contiguous()
+
+    packed = [n.removesuffix("_blocks") for n in stored if n.endswith("_blocks")]
+    plain = {n: t.float() for n, t in stored.items() if not n.endswith(("_blocks", "_scales"))}
+    return plain | {n: read(n) for n in packed}
 
 
 def write_model(path: Path, shape: Shape, params: Params, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,9 @@
 """What the bundled model learns: makers of conversations with the one right reply to each.
 
 A reply follows from its prompt alone, so that exact match has one meaning everywhere. One example
-in twenty, chosen by a hash of its content, is kept out of training and used to measure.
+in twenty, chosen by a hash of its content, is kept out of training and used to measure. Words of
+the lists are not kept out of spelling and of names: such a word is one token, whose letters can
+only be learned from the word itself.
 """
 
 from __future__ import annotations
@@ -162,6 +164,11 @@ def subtraction(rng: random.Random) -> Example:
     )
 
 
+def word_key(word: str) -> str:
+    """What is held out of spelling, reversing and names: words that are put together."""
+    return "" if word in words.KNOWN else f"word {word}"
+
+
 def short_word(rng: random.Random) -> str:
     """A word of at most nine letters."""
     while len(text := words.word(rng)) > 9:
@@ -175,7 +182,12 @@ def spelling(rng: random.Random) -> Example:
     analysis = " ".join(f"{i} {letter}" for i, letter in enumerate(word, 1))
     messages = [user(rng.choice(SPELL_FORMS).format(w=word))]
     return Example(
-        "spell", messages, analysis, " ".join(word), reasoning_effort=effort(rng), key=f"w {word}"
+        "spell",
+        messages,
+        analysis,
+        " ".join(word),
+        reasoning_effort=effort(rng),
+        key=word_key(word),
     )
 
 
@@ -186,7 +198,7 @@ def reversal(rng: random.Random) -> Example:
     analysis = " ".join(pairs) + ". Backwards: " + " ".join(reversed(pairs))
     return Example(
         "reverse", [user(rng.choice(REVERSE_FORMS).format(w=word))], analysis, word[::-1],
-        reasoning_effort=effort(rng), key=f"w {word}", letterwise=True,
+        reasoning_effort=effort(rng), key=word_key(word), letterwise=True,
     )  # fmt: skip
 
 
@@ -216,7 +228,7 @@ def fact(rng: random.Random) -> tuple[str, str, str, str, str]:
         )
         told = rng.choice(("", "", "Hello! ")) + told
         ask = rng.choice(("What is my name?", "What's my name?", "Who am I?", "what is my name"))
-        return told, f"Nice to meet you, {who}!", ask, f"Your name is {who}.", f"name {who}"
+        return told, f"Nice to meet you, {who}!", ask, f"Your name is {who}.", word_key(who)
     thing, value = rng.choice(words.THINGS), words.word(rng)
     told = rng.choice(
         ("My favorite {} is {}.", "my favorite {} is {}", "Remember: my favorite {} is {}.")

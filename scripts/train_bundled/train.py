@@ -21,8 +21,9 @@ import text
 import torch
 import torch.nn.functional as F
 from dataset import SKILL_NAMES, Recipe, Rows, make_rows
-from export import dequantized, write_model
+from export import dequantized, read_model, write_model
 from model import Params, Shape, fake_quantize, forward, init_params, reply_logits
+from tokenizers import Tokenizer
 
 BALANCE = 0.01  # weight of the loss that keeps every expert in use
 QUANTIZE_FROM = 0.5  # share of the steps after which experts are rounded to MXFP4
@@ -126,26 +127,36 @@ def main() -> None:
     options.add_argument("--adapter-steps", type=int, default=1500)
     options.add_argument("--base-rows", type=int, default=300_000)
     options.add_argument("--adapter-rows", type=int, default=24_000)
+    options.add_argument("--check-rows", type=int, default=1024)
+    options.add_argument("--peak", type=float, default=1e-3, help="learning rate of the base")
+    options.add_argument("--resume", type=Path, help="a written model to train further")
+    options.add_argument("--seed", type=int, default=1, help="of the base's examples")
     options.add_argument("--batch", type=int, default=64)
     args = options.parse_args()
     torch.manual_seed(0)
     start = time.monotonic()
-    tokenizer = text.train_tokenizer(2048, seed=0)
+    if args.resume:
+        tokenizer = Tokenizer.from_file(str(args.resume / "tokenizer.json"))
+    else:
+        tokenizer = text.train_tokenizer(2048, seed=0)
     eos = [tokenizer.token_to_id(t) for t in ("<|return|>", "<|endoftext|>", "<|call|>")]
     shape = replace(Shape(), vocab_size=tokenizer.get_vocab_size(), eos=eos)
-    recipe = Recipe(tokenizer.to_str(), skills.BASE, args.base_rows, 1, held_out=False)
+    recipe = Recipe(tokenizer.to_str(), skills.BASE, args.base_rows, args.seed, held_out=False)
     rows = make_rows(recipe, 64).to(args.device)
-    check = make_rows(replace(recipe, num_rows=1024, seed=2, held_out=True), 16).to(args.device)
+    check = make_rows(replace(recipe, num_rows=args.check_rows, seed=2, held_out=True), 16).to(
+        args.device
+    )
     print(
         f"{len(rows)} rows, vocabulary {shape.vocab_size}, {time.monotonic() - start:.0f}s",
         flush=True,
     )
 
-    params = {n: p.to(args.device).requires_grad_() for n, p in init_params(shape, 0).items()}
+    initial = read_model(args.resume) if args.resume else init_params(shape, 0)
+    params = {n: p.to(args.device).requires_grad_() for n, p in initial.items()}
     report: dict[str, Any] = {"parameters": sum(p.numel() for p in params.values())}
     report["steps"] = fit(
-        params, lambda p, progress: fake_quantize(p) if progress >= QUANTIZE_FROM else p, shape, rows,
-        steps=args.base_steps, seconds=args.base_seconds, batch=args.batch, peak=1e-3, decay=0.05, name="base",
+        params, lambda p, progress: fake_quantize(p) if args.resume or progress >= QUANTIZE_FROM else p, shape, rows,
+        steps=args.base_steps, seconds=args.base_seconds, batch=args.batch, peak=args.peak, decay=0.05, name="base",
     )  # fmt: skip
     write_model(args.out / "tiny", shape, params, tokenizer)
     base = {n: p.to(args.device) for n, p in dequantized(params).items()}
@@ -157,7 +168,7 @@ def main() -> None:
         start = time.monotonic()
         mixture = replace(recipe, makers=makers, num_rows=args.adapter_rows, seed=10 + number)
         rows = make_rows(mixture, 16).to(args.device)
-        held_out = replace(mixture, num_rows=256, seed=20 + number, held_out=True)
+        held_out = replace(mixture, num_rows=args.check_rows // 4, seed=20 + number, held_out=True)
         check = make_rows(held_out, 16).to(args.device)
         fresh = lora.init_adapter(base, number).items()
         adapter = {n: p.to(args.device).requires_grad_() for n, p in fresh}

@@ -51,6 +51,9 @@ VOWELS = "a e i o u a e i o u ai ea oo ou".split()
 CODAS = ["", "", "", "n", "r", "s", "t", "l", "m", "k", "d", "x", "nd", "st"]
 
 
+KNOWN = frozenset(NOUNS + VERBS + ADJECTIVES + NAMES)
+
+
 def made_up(rng: random.Random) -> str:
     """A pronounceable word of one to three syllables."""
     return "".join(
