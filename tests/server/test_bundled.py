@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -89,3 +91,33 @@ async def test_eight_streams_give_the_answers_of_one(bundled: LiveServer) -> Non
         assert str(a + b) in parts["content"]
     assert alone[-1]["finish"] == "tool_calls"
     assert "12" in alone[-1]["arguments"]
+
+
+def test_a_disconnect_frees_the_request_within_two_steps(bundled: LiveServer) -> None:
+    """A step of this model takes some 8 ms, long beside a message, so that steps can be counted."""
+    fields = ask("Hello", max_tokens=2000, ignore_eos=True, stream=True)
+    wait_for(lambda: bundled.engine.stats.num_running == 0)
+    steps, sent = bundled.engine.stats.num_steps, tokens_sent(bundled)
+    with httpx.stream("POST", f"{bundled.url}/v1/chat/completions", json=fields) as response:
+        lines = response.iter_lines()
+        for _ in range(20):
+            next(lines)
+    wait_for(lambda: bundled.serving.num_in_flight == 0)
+    wait_for(lambda: bundled.engine.stats.num_running == 0)
+    steps_sent = tokens_sent(bundled) - sent  # each step made a token, the prefill's too
+    assert 8 < steps_sent < 1000
+    assert bundled.engine.stats.num_steps - steps - steps_sent <= 2
+
+
+def tokens_sent(server: LiveServer) -> float:
+    """Tokens that the server has had from the engine."""
+    lines = server.serving.metrics.render().decode().splitlines()
+    [line] = [x for x in lines if x.startswith("vllm:generation_tokens_total{")]
+    return float(line.split()[-1])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
