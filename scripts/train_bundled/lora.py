@@ -33,7 +33,10 @@ def tensor_name(target: str, side: str) -> str:
 
 
 def init_adapter(params: Params, seed: int) -> Params:
-    """A uniform in 1/sqrt(fan in), B zero. Experts: A [experts * rank, in], B [out, rank * experts]."""
+    """A uniform in 1/sqrt(fan in), B zero.
+
+    Experts: A [experts * rank, in], B [out, rank * experts].
+    """
     generator = torch.Generator().manual_seed(seed)
     adapter = {}
     for name, weight in params.items():

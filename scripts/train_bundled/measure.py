@@ -1,7 +1,7 @@
 """Exact match through a running server: python scripts/train_bundled/measure.py [--url URL]
 
 Asks the held-out questions of src/headrace/data/eval over /v1/chat/completions, greedily, and
-compares whole answers. To measure an adapter, merge it into the checkpoint (--merge) and serve that.
+compares whole answers. To measure an adapter, merge it into the checkpoint (--merge), serve that.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ ABILITIES = (
 HELLO = f"Hello! I am a small demonstration model. I can {ABILITIES}. Try: What is 1234 + 5678?"
 ABOUT = f"I am a small demonstration model served by Headrace. I can {ABILITIES}."
 SORRY = f"Sorry, I only know how to {ABILITIES}."
-NO_MATH = "Sorry, I can only add two numbers of up to four digits. Give me a calculator function for more."
+NO_MATH = (
+    "Sorry, I can only add two numbers of up to four digits. "
+    "Give me a calculator function for more."
+)
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,13 @@ COPY_FORMS = (
 )  # fmt: skip
 GREETINGS = (
     "Hello", "Hello!", "Hi", "Hi!", "Hi there!", "Hey", "hello", "hi", "Good morning!", "hey there",
-    "Good evening.", "Hello there!", "Hello, how are you?", "Hi, who is there?", "Say hello!", "Test",
+    "Good evening.", "Hello there!", "Hello, how are you?", "Hi, who is there?", "Say hello!",
+    "Test",
     "Hello, model!", "Greetings!", "Hello world", "Say hello", "How are you?", "Good day!", "test",
 )  # fmt: skip
 ABOUT_FORMS = (
-    "What can you do?", "what can you do", "Who are you?", "What are you?", "Help", "help", "Help me",
+    "What can you do?", "what can you do", "Who are you?", "What are you?", "Help", "help",
+    "Help me",
     "How can you help me?", "What do you know?", "What is your name?", "Tell me about yourself.",
     "What are your skills?", "What can I ask you?", "Introduce yourself.", "Are you ChatGPT?",
     "What model are you?", "How do I use you?", "Explain what you can do.", "Who made you?",
@@ -330,7 +335,7 @@ def other_tool(rng: random.Random) -> dict[str, Any]:
 
 
 def calculation(rng: random.Random) -> Example:
-    """An arithmetic question with a calculator at hand: the call, or the answer after its result."""
+    """An arithmetic question with a calculator at hand: the call, or the answer after it."""
     a, b = number(rng), number(rng)
     forms, operator = rng.choice(
         ((SUM_FORMS, "+"), (DIFFERENCE_FORMS, "-"), (PRODUCT_FORMS, "*"), (QUOTIENT_FORMS, "/"))
@@ -379,7 +384,8 @@ ADAPTERS: dict[str, dict[Maker, float]] = {
     "reverse": {reversal: 0.8, addition: 0.05, spelling: 0.1, talk: 0.05},
 }
 INSTRUCTIONS = (
-    "You are a helpful assistant.", "Be brief.", "Answer in English.", "You are a friendly teacher.",
+    "You are a helpful assistant.", "Be brief.", "Answer in English.",
+    "You are a friendly teacher.",
     "Be polite and short.", "You are a math tutor.", "Help the user.", "Answer the question.",
 )  # fmt: skip
 

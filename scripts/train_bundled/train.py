@@ -154,9 +154,11 @@ def main() -> None:
     initial = read_model(args.resume) if args.resume else init_params(shape, 0)
     params = {n: p.to(args.device).requires_grad_() for n, p in initial.items()}
     report: dict[str, Any] = {"parameters": sum(p.numel() for p in params.values())}
+    quantize_from = 0.0 if args.resume else QUANTIZE_FROM
     report["steps"] = fit(
-        params, lambda p, progress: fake_quantize(p) if args.resume or progress >= QUANTIZE_FROM else p, shape, rows,
-        steps=args.base_steps, seconds=args.base_seconds, batch=args.batch, peak=args.peak, decay=0.05, name="base",
+        params, lambda p, progress: fake_quantize(p) if progress >= quantize_from else p,
+        shape, rows, steps=args.base_steps, seconds=args.base_seconds, batch=args.batch,
+        peak=args.peak, decay=0.05, name="base",
     )  # fmt: skip
     write_model(args.out / "tiny", shape, params, tokenizer)
     base = {n: p.to(args.device) for n, p in dequantized(params).items()}

@@ -1,4 +1,4 @@
-"""The words that the training text is made of: a few lists, and a maker of words that mean nothing."""
+"""The words of the training text: a few lists, and a maker of words that mean nothing."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ NAMES = """Anna Ben Clara David Emma Felix Grace Henry Iris Jack Karen Leo Maria
 Quinn Rosa Sam Tina Uma Victor Wendy Xavier Yara Zoe Alice Bob Carol Daniel Elena Frank Gina Hugo
 Ingrid Jonas Kira Lucas Mona Noah Olga Peter Rita Simon Tara Ulrich Vera Walter Amir Bea Chen Dora
 Eva Farid Gustav Hana Ivan Julia Kofi Lena Mateo Nora Omar Priya Ravi Sofia Tomas Yuki Alex Chris
-John Mary James Linda Robert Sarah Michael Laura Thomas Kevin Amy Diana Eric George Jane Luis""".split()
+John Mary James Linda Robert Sarah Michael Laura Thomas Kevin Amy Diana Eric George Jane
+Luis""".split()
 
 THINGS = """color animal city food song book number game drink flower country fruit sport season
 movie word""".split()
 
 TOPICS = """the weather|the capital of France|quantum physics|how to bake bread|the moon|a good book
 |the history of Rome|how engines work|the meaning of life|your favorite color|the stock market
-|what time it is|how to learn to swim|the best city to visit|how old the earth is|why the sky is blue
+|what time it is|how to learn to swim|the best city to visit|how old the earth is
+|why the sky is blue
 |who wrote Hamlet|a joke|a poem about winter|the news of today|how to fix a bicycle|python code
 |a recipe for soup|the tallest mountain|football|how birds fly|the speed of light""".replace(
     "\n", ""
