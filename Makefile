@@ -11,7 +11,7 @@ serve: $(VENV)/.serve
 	$(BIN)/headrace serve --port $(PORT)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TIKTOKEN_ENCODINGS_BASE=$(VENV)/o200k $(BIN)/python -m pytest
 
 # On a GPU machine, with the Python that is there (it has its own CUDA torch).
 test-gpu:
@@ -40,6 +40,7 @@ $(VENV)/.dev: $(VENV)/.serve
 	@echo "Adding the development tools to $(VENV) (once, about two minutes) ..."
 	@$(PIP) -e '.[dev]'
 	@$(PIP) --no-deps --ignore-requires-python gpt-oss==0.0.9
+	@$(BIN)/python scripts/o200k_vocabulary.py $(VENV)/o200k
 	@touch $@
 
 clean:
