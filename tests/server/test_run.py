@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_sigterm_drains_and_exits_0(model_dir: Path, tmp_path: Path) -> None:
 
 def test_the_drain_has_a_deadline(model_dir: Path, tmp_path: Path) -> None:
     with program(tmp_path, model_dir, drain=0.2) as (process, url):
-        body = {"model": "m", "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+        # many sequences, so that the answer takes far longer than the metric's delay
+        body = {"model": "m", "prompt": "a", "max_tokens": 1900, "ignore_eos": True, "n": 64}
         answers: list[httpx.Response] = []
 
         def ask() -> None:
@@ -80,8 +82,9 @@ def test_the_drain_has_a_deadline(model_dir: Path, tmp_path: Path) -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while 'running{engine="0",model_name="m"} 1.0' not in httpx.get(f"{url}/metrics").text:
-            pass
+        while 'running{engine="0",model_name="m"} 0.0' in httpx.get(f"{url}/metrics").text:
+            assert thread.is_alive(), "the answer came too soon"
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         thread.join(30)
