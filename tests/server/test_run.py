@@ -54,7 +54,7 @@ def program(tmp_path: Path, model: Path, drain: float) -> Iterator[tuple[subproc
 def test_sigterm_drains_and_exits_0(model_dir: Path, tmp_path: Path) -> None:
     """A running stream ends whole; meanwhile /health says draining and new requests get 503."""
     with program(tmp_path, model_dir, drain=60) as (process, url):
-        body = {"model": "m", "prompt": "a", "max_tokens": 600, "ignore_eos": True, "stream": True}
+        body = {"model": "m", "prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
