@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
@@ -100,3 +102,11 @@ class LiveServer:
         self._ready.set()
         await task
         await self.engine.shutdown()
+
+
+def wait_for(condition: Callable[[], bool], patience: float = 20.0) -> None:
+    """Poll until the condition holds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)

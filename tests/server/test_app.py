@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.live import MODEL_NAME, LiveServer
+from tests.server.live import MODEL_NAME, LiveServer, wait_for
 
 PROMPTS = [f"{word}?" for word in ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]]
 
@@ -23,13 +21,6 @@ PROMPTS = [f"{word}?" for word in ["the", "quick", "brown", "fox", "jumps", "ove
 def chat_fields(prompt: str, **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}]
     return {"model": MODEL_NAME, "messages": messages, "max_tokens": 24, "temperature": 0} | fields
-
-
-def wait_for(condition: Callable[[], bool], patience: float = 20.0) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
 
 
 def metric_values(http: httpx.Client) -> dict[str, float]:

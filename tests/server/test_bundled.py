@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.live import MODEL_NAME, LiveServer
+from tests.server.live import MODEL_NAME, LiveServer, wait_for
 
 CALCULATOR = {
     "type": "function",
@@ -114,10 +113,3 @@ def tokens_sent(server: LiveServer) -> float:
     lines = server.serving.metrics.render().decode().splitlines()
     [line] = [x for x in lines if x.startswith("vllm:generation_tokens_total{")]
     return float(line.split()[-1])
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)

@@ -81,8 +81,10 @@ class Checkpoint:
         return prod(header.get_shape()) * (_FLOATS | _PACKED).get(header.get_dtype(), 1)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ConfigError if the file is missing or is something else."""
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """A JSON object; ConfigError if the file is missing (unless missing_ok) or something else."""
+    if missing_ok and not path.is_file():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

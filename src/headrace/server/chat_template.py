@@ -14,6 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.config import ConfigError
+from headrace.models.weights import read_json
 from headrace.server.errors import bad_request
 
 
@@ -89,16 +90,3 @@ def load_template_source(model_dir: Path, is_harmony: bool) -> str | None:
         return source
     ours = resources.files("headrace") / "data" / "harmony.jinja"
     return ours.read_text(encoding="utf-8") if is_harmony else None
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """Read a JSON object; ConfigError says what is wrong with the file."""
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return value

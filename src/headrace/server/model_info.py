@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError, ServerConfig
-from headrace.server.chat_template import ChatTemplate, load_template_source, read_json
+from headrace.models.weights import read_json
+from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.harmony import speaks_harmony
 from headrace.server.tokenizer import Tokenizer
 
