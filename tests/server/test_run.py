@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from headrace.config import ConfigError, EngineConfig, ServerConfig
-from headrace.server.run import listen, run_server
+from headrace.server.run import bind, run_server
 
 PROGRAM = """
 import sys
@@ -102,4 +102,4 @@ def test_a_taken_port_is_known_before_loading(model_dir: Path) -> None:
 
 def test_an_unknown_host() -> None:
     with pytest.raises(ConfigError, match="--host nowhere"):
-        listen(ServerConfig(host="nowhere.invalid", port=0))
+        bind(ServerConfig(host="nowhere.invalid", port=0))

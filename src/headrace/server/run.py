@@ -37,7 +37,7 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
     tokenizer = load_tokenizer(engine_config.model)
     model = load_model_info(engine_config.model, tokenizer, server_config)
     console = Console(stderr=True)
-    with listen(server_config) as listener, Progress(console=console, transient=True) as bar:
+    with bind(server_config) as listener, Progress(console=console, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
         engine = EngineClient(
             engine_config, on_progress=lambda d, t: bar.update(loading, completed=d, total=t)
@@ -46,6 +46,7 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         bar.stop()
         app = create_app(engine, tokenizer, server_config, model)
         http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))
+        listener.listen()  # before anybody is told: uvicorn itself would do so only a moment later
         announce(console, server_config.host, listener.getsockname()[1], model.name)
         try:
             await http.serve_until_signal(listener)
@@ -55,7 +56,7 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
     return 0
 
 
-def listen(config: ServerConfig) -> socket.socket:
+def bind(config: ServerConfig) -> socket.socket:
     """Bind the port before the slow part, so that a taken port is known at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
