@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from headrace import __version__
+from headrace.bench.commands import app as bench_app
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.flags import with_configs
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

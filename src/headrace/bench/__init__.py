@@ -1,0 +1,1 @@
+"""Benchmarks: kernels, the engine's latency, a server under load."""
