@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,10 +11,21 @@ def rms_norm(
     x: Tensor,  # [num_tokens, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [num_tokens, hidden]; may be x
 ) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight, in float32. Returns y in x's shape and dtype."""
-    assert x.shape[-1:] == weight.shape, f"{x.shape=} {weight.shape=}"
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    """y = x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+
+    Returns out, or a new tensor of x's shape and dtype. Raises ValueError where the shapes do not
+    fit.
+    """
+    if x.is_cuda:
+        from headrace.ops import norm_kernel
+
+        return norm_kernel.rms_norm(x, weight, eps, torch.empty_like(x) if out is None else out)
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs {(x.shape[-1],)}")
+    y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def add_rms_norm(
