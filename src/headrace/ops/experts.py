@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,19 +12,35 @@ from torch import Tensor
 from headrace.ops.linear import linear
 from headrace.ops.mxfp4 import MXFP4Weight
 
-ExpertWeight = Tensor | MXFP4Weight  # [num_experts, out_features, in_features]
+if TYPE_CHECKING:  # Triton may be missing where there is no GPU
+    from headrace.ops.experts_kernel import KernelWeight
+
+# [num_experts, out_features, in_features]; a KernelWeight on the GPU, the others on the CPU
+ExpertWeight: TypeAlias = "Tensor | MXFP4Weight | KernelWeight"
+
+
+class Activation(IntEnum):
+    """What becomes of a gate g and an up u."""
+
+    NONE = 0  # both are kept
+    SWIGLU_OAI = 1  # g sigmoid(alpha g) (u + 1), g and u clamped to limit
+    SILU_AND_MUL = 2  # g sigmoid(g) u
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The expert weights of one layer. Rows 2i of gate_up are gates, rows 2i + 1 are ups."""
+    """The expert weights of one layer. Rows 2i of gate_up are gates, rows 2i + 1 are ups.
+
+    alpha and limit are of Activation.SWIGLU_OAI.
+    """
 
     gate_up: ExpertWeight  # [num_experts, 2 * inter, hidden]
     gate_up_bias: Tensor  # [num_experts, 2 * inter]
     down: ExpertWeight  # [num_experts, hidden, inter]
     down_bias: Tensor  # [num_experts, hidden]
-    alpha: float
-    limit: float
+    alpha: float = 1.702
+    limit: float = 7.0
+    activation: Activation = Activation.SWIGLU_OAI
 
 
 def moe(
@@ -31,7 +49,7 @@ def moe(
     expert_weights: Tensor,  # [num_tokens, top_k] float32
     experts: Experts,
 ) -> Tensor:
-    """y = sum_k weight_k (W_down swiglu(W_gate_up x + b_gate_up) + b_down) over the chosen experts.
+    """y = sum_k weight_k (W_down act(W_gate_up x + b_gate_up) + b_down) over the chosen experts.
 
     Returns [num_tokens, hidden] in x's dtype; the sum runs in float32, in the order of expert_ids.
     """
@@ -40,7 +58,10 @@ def moe(
     order = flat_ids.argsort(stable=True)  # (token, k) slots, those of one expert together
     counts = flat_ids.bincount(minlength=len(experts.down_bias)).tolist()
     hidden = grouped_linear(x[order // top_k], counts, experts.gate_up, experts.gate_up_bias)
-    hidden = swiglu(hidden, experts.alpha, experts.limit)
+    if experts.activation == Activation.SWIGLU_OAI:
+        hidden = swiglu(hidden, experts.alpha, experts.limit)
+    else:
+        hidden = silu_and_mul(hidden)
     sorted_out = grouped_linear(hidden, counts, experts.down, experts.down_bias)
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
@@ -81,7 +102,16 @@ def swiglu(
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
 
 
+def silu_and_mul(
+    gate_up: Tensor,  # [num_slots, 2 * inter]: gate and up interleaved
+) -> Tensor:
+    """g sigmoid(g) u, computed in float32. Returns [num_slots, inter] in gate_up's dtype."""
+    gate, up = gate_up.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
 def _expert(weight: ExpertWeight, expert: int, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, MXFP4Weight):
         return weight.rows(expert).dequantize(dtype)
+    assert isinstance(weight, Tensor), f"{type(weight).__name__} is a layout of the GPU"
     return weight[expert]

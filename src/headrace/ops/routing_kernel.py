@@ -7,43 +7,23 @@ whichever program arrives last, so they do not depend on the other tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T = 16  # tokens of a router program
-SLICE_K = 192  # columns of a router program
-ONE_PROGRAM_SLOTS = 512  # so many slots are sorted by the last router program itself
-
-
-@dataclass(frozen=True)
-class SortedSlots:
-    """(token, k) slots in the order of their experts, and the blocks a grouped matmul works on."""
-
-    slots: Tensor  # [num_slots] int32: token * top_k + k; past the last block: undefined
-    blocks: Tensor  # [max_blocks, 4] int32: expert (-1: no work), first row, end row, unused
-
-
-@dataclass(frozen=True)
-class RoutingBuffers:
-    """Everything that routing writes. `counters` must be zero before the first use."""
-
-    normed: Tensor  # [num_tokens, hidden]
-    summed: Tensor  # [num_tokens, hidden]: x + residual
-    partials: Tensor  # [slices, num_tokens, padded experts] float32
-    counters: Tensor  # [token blocks + 1] int32; each use leaves them zero
-    histograms: Tensor  # [chunks, padded experts] int32
-    expert_ids: Tensor  # [num_tokens, top_k] int32
-    expert_weights: Tensor  # [num_tokens, top_k] float32
-    sorted: SortedSlots
-
-
-def max_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
-    """Blocks of at most block_m rows that num_slots can fall into."""
-    return min(num_slots, (num_slots + num_experts * (block_m - 1)) // block_m)
+from headrace.ops.routing import (
+    BLOCK_T,
+    SLICE_K,
+    SORT_CHUNK,
+    RoutingBuffers,
+    SortedSlots,
+    padded_experts,
+    routing_buffers,
+    routing_counters,
+)
 
 
 def allocate(
@@ -56,26 +36,14 @@ def allocate(
     device: torch.device | str,
     num_local: int | None = None,
 ) -> RoutingBuffers:
-    """Buffers for one problem."""
-    slots = num_tokens * top_k
-    padded = _padded_experts(num_experts)
-    blocks = max_blocks(slots, num_local or num_experts, block_m)
+    """Buffers of their own for one problem."""
 
-    def ints(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
+    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
 
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    return RoutingBuffers(
-        normed=torch.empty(num_tokens, hidden, dtype=dtype, device=device),
-        summed=torch.empty(num_tokens, hidden, dtype=dtype, device=device),
-        partials=floats(triton.cdiv(hidden, SLICE_K), num_tokens, padded),
-        counters=ints(triton.cdiv(num_tokens, BLOCK_T) + 1),
-        histograms=ints(triton.cdiv(slots, ONE_PROGRAM_SLOTS), padded),
-        expert_ids=ints(num_tokens, top_k),
-        expert_weights=floats(num_tokens, top_k),
-        sorted=SortedSlots(ints(slots), ints(blocks, 4)),
+    counters = routing_counters(num_tokens, device)
+    return routing_buffers(
+        take, counters, num_tokens, hidden, num_experts, top_k, block_m, dtype, num_local
     )
 
 
@@ -273,8 +241,9 @@ def router_kernel(
                 other=0.0,
                 cache_modifier=".cg",
             )
-        bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0).to(tl.float32)
-        logits = logits + bias[None, :]
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
+            logits = logits + bias.to(tl.float32)[None, :]
         if TOP_K == 0:
             out_ptrs = weights_ptr + token[:, None] * num_experts + expert[None, :]
             tl.store(out_ptrs, logits, mask=in_tokens & (expert < num_experts)[None, :])
@@ -359,7 +328,7 @@ def route(
     norm_weight: Tensor,  # [hidden]
     eps: float,
     router_weight: Tensor,  # [num_experts, hidden]
-    router_bias: Tensor,  # [num_experts]
+    router_bias: Tensor | None,  # [num_experts]
     buffers: RoutingBuffers,
     block_m: int,
     renormalize: bool = True,
@@ -380,7 +349,7 @@ def route(
     )  # fmt: skip
     top_k = buffers.expert_ids.shape[1]
     num_slots = num_tokens * top_k
-    fused = num_slots <= ONE_PROGRAM_SLOTS
+    fused = num_slots <= SORT_CHUNK
     local = local or range(len(router_weight))
     _launch_router(
         buffers.normed, router_weight, router_bias, buffers, top_k, renormalize, block_m, local,
@@ -394,7 +363,7 @@ def route(
 def router_gemm(
     x: Tensor,  # [num_tokens, hidden]
     weight: Tensor,  # [num_experts, hidden]
-    bias: Tensor,  # [num_experts]
+    bias: Tensor | None,  # [num_experts]
     buffers: RoutingBuffers,
     out: Tensor,  # [num_tokens, num_experts] float32
 ) -> Tensor:
@@ -420,15 +389,15 @@ def sort(
     if num_slots == 0:
         return buffers.sorted
     padded = buffers.histograms.shape[1]
-    chunks = triton.cdiv(num_slots, ONE_PROGRAM_SLOTS)
+    chunks = triton.cdiv(num_slots, SORT_CHUNK)
     sort_count_kernel[(chunks,)](
         expert_ids, buffers.histograms, num_slots, local.start, len(local),
-        EXPERTS=padded, SLOTS=ONE_PROGRAM_SLOTS, num_warps=8,
+        EXPERTS=padded, SLOTS=SORT_CHUNK, num_warps=8,
     )  # fmt: skip
     sort_place_kernel[(chunks,)](
         expert_ids, buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
         num_slots, len(buffers.sorted.blocks), chunks, local.start, len(local),
-        EXPERTS=padded, BLOCK_M=block_m, SLOTS=ONE_PROGRAM_SLOTS, CHUNKS=16, num_warps=8,
+        EXPERTS=padded, BLOCK_M=block_m, SLOTS=SORT_CHUNK, CHUNKS=16, num_warps=8,
     )  # fmt: skip
     return buffers.sorted
 
@@ -436,7 +405,7 @@ def sort(
 def _launch_router(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     buffers: RoutingBuffers,
     top_k: int,
     renormalize: bool,
@@ -446,11 +415,10 @@ def _launch_router(
     logits: Tensor | None = None,
 ) -> None:
     num_tokens, hidden = x.shape
-    if weight.shape[1] != hidden or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"router weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit x "
-            f"{tuple(x.shape)}"
-        )
+    if weight.shape[1] != hidden:
+        raise ValueError(f"router weight is {tuple(weight.shape)}; x is {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"router bias is {tuple(bias.shape)}; weight is {tuple(weight.shape)}")
     slices = triton.cdiv(hidden, SLICE_K)
     router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
         x, weight, bias, buffers.partials, buffers.counters, buffers.expert_ids,
@@ -458,11 +426,7 @@ def _launch_router(
         buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight), hidden,
         len(buffers.sorted.blocks), local.start, len(local),
         TOP_K=top_k, PADDED_K=triton.next_power_of_2(max(top_k, 1)),
-        RENORMALIZE=renormalize, EXPERTS=_padded_experts(len(weight)),
+        RENORMALIZE=renormalize, EXPERTS=padded_experts(len(weight)),
         BLOCK_T=BLOCK_T, SLICE_K=SLICE_K, BLOCK_K=64, SLICES=slices, BLOCK_M=block_m,
         SLOTS=sort_slots, num_warps=4,
     )  # fmt: skip
-
-
-def _padded_experts(num_experts: int) -> int:
-    return max(16, triton.next_power_of_2(num_experts))

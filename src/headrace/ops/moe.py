@@ -1,0 +1,98 @@
+"""One mixture-of-experts layer, from hidden states to hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.ops.arena import Take
+from headrace.ops.experts import Experts, moe
+from headrace.ops.norm import rms_norm
+from headrace.ops.routing import RoutingBuffers, route, routing_buffers, routing_counters
+from headrace.ops.tiles import MoETiles, Problem, choose
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """What one layer holds."""
+
+    norm: Tensor  # [hidden]
+    eps: float
+    router: Tensor  # [num_experts, hidden]
+    router_bias: Tensor | None  # [num_experts]
+    experts: Experts
+    top_k: int
+    renormalize: bool = True  # the weights of the chosen experts sum to one
+
+    @property
+    def num_experts(self) -> int:
+        """Experts to choose from."""
+        return len(self.router)
+
+
+@dataclass(frozen=True)
+class MoEBuffers:
+    """What a layer writes on its way, on the GPU; all layers of a step may share it."""
+
+    tiles: MoETiles
+    routing: RoutingBuffers
+    activated: Tensor  # [num_slots, inter]: the first matmul's result, rows sorted by expert
+    weighted: Tensor  # [num_slots, hidden]: the second's, row token * top_k + k
+
+
+def moe_buffers(
+    take: Take,
+    num_tokens: int,
+    weights: MoEWeights,
+    counters: Tensor,  # from `routing_counters`, for num_tokens or more
+) -> MoEBuffers:
+    """Buffers of `moe_layer` on the GPU for so many tokens."""
+    hidden, dtype = weights.norm.shape[0], weights.norm.dtype
+    num_slots = num_tokens * weights.top_k
+    tiles = choose(Problem(num_slots, weights.num_experts))
+    inter = weights.experts.gate_up_bias.shape[1] // 2
+    return MoEBuffers(
+        tiles,
+        routing_buffers(
+            take, counters, num_tokens, hidden, weights.num_experts, weights.top_k,
+            tiles.gate_up.block_m, dtype,
+        ),
+        take((num_slots, inter), dtype),
+        take((num_slots, hidden), dtype),
+    )  # fmt: skip
+
+
+def moe_layer(
+    h: Tensor,  # [num_tokens, hidden]
+    weights: MoEWeights,
+    buffers: MoEBuffers | None = None,
+    out: Tensor | None = None,  # [num_tokens, hidden]
+) -> Tensor:
+    """h + sum_k weight_k expert_k(rms_norm(h)), over the top_k experts of each token.
+
+    On the GPU the experts' weights are PreparedMXFP4 or DenseWeight. Without buffers and out it
+    allocates its own. Raises ValueError for wrong shapes, dtypes and layouts.
+    """
+    if h.is_cuda:
+        from headrace.ops.moe_kernel import moe_layer_kernel
+
+        if buffers is None:
+            buffers = own_buffers(len(h), weights, h.device)
+        return moe_layer_kernel(h, weights, buffers, torch.empty_like(h) if out is None else out)
+    x = rms_norm(h, weights.norm, weights.eps)
+    ids, routing_weights = route(
+        x, weights.router, weights.router_bias, weights.top_k, weights.renormalize
+    )
+    return torch.add(h, moe(x, ids, routing_weights, weights.experts), out=out)
+
+
+def own_buffers(num_tokens: int, weights: MoEWeights, device: torch.device | str) -> MoEBuffers:
+    """Buffers outside any arena."""
+
+    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    return moe_buffers(take, num_tokens, weights, routing_counters(num_tokens, device))

@@ -1,0 +1,52 @@
+"""One mixture-of-experts layer on the GPU: the launches in their order."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from headrace.ops import routing_kernel
+from headrace.ops.experts import ExpertWeight
+from headrace.ops.experts_kernel import (
+    Activation,
+    DenseWeight,
+    KernelWeight,
+    grouped_matmul,
+    weighted_sum,
+)
+from headrace.ops.moe import MoEBuffers, MoEWeights
+from headrace.ops.mxfp4_kernel import PreparedMXFP4
+
+
+def moe_layer_kernel(
+    h: Tensor,  # [num_tokens, hidden] bf16
+    weights: MoEWeights,
+    buffers: MoEBuffers,
+    out: Tensor,  # [num_tokens, hidden]
+) -> Tensor:
+    """out = h + sum_k weight_k expert_k(rms_norm(h))."""
+    experts, routing, tiles = weights.experts, buffers.routing, buffers.tiles
+    gate_up, down = _in_gpu_layout(experts.gate_up), _in_gpu_layout(experts.down)
+    routing_kernel.route(
+        h, None, weights.norm, weights.eps, weights.router, weights.router_bias, routing,
+        tiles.gate_up.block_m, weights.renormalize,
+    )  # fmt: skip
+    grouped_matmul(
+        routing.normed, gate_up, experts.gate_up_bias, routing.sorted, tiles.gate_up,
+        buffers.activated, weights.top_k, gather=True,
+        activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
+    )  # fmt: skip
+    grouped_matmul(
+        buffers.activated, down, experts.down_bias, routing.sorted, tiles.down, buffers.weighted,
+        weights.top_k, gather=False, slot_weights=routing.expert_weights.view(-1),
+    )  # fmt: skip
+    everyone = range(weights.num_experts)
+    return weighted_sum(buffers.weighted, routing.expert_ids, everyone, h, out)
+
+
+def _in_gpu_layout(weight: ExpertWeight) -> KernelWeight:
+    if not isinstance(weight, PreparedMXFP4 | DenseWeight):
+        raise ValueError(
+            f"the experts are a {type(weight).__name__}; make a PreparedMXFP4 of them with "
+            "headrace.ops.mxfp4_kernel.prepare, or a DenseWeight"
+        )
+    return weight

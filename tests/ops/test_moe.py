@@ -1,0 +1,130 @@
+"""One layer against float64, expert by expert; here on the CPU and, from the same code, the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.ops.experts import Activation, Experts
+from headrace.ops.moe import MoEWeights, moe_layer
+from headrace.ops.mxfp4 import MXFP4Weight, dequantize
+
+
+def random_layer(
+    num_experts: int, hidden: int, inter: int, top_k: int, device: str = "cpu"
+) -> MoEWeights:
+    """A layer in checkpoint layout, with MXFP4 experts; float32, but bfloat16 on the GPU."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    options = {"device": device, "generator": generator}
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(shape, **options) * std).to(dtype)
+
+    def packed(rows: int, columns: int) -> MXFP4Weight:
+        shape = (num_experts, rows, columns // 32)
+        return MXFP4Weight(
+            torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, **options),
+            torch.randint(118, 122, shape, dtype=torch.uint8, **options),
+        )
+
+    return MoEWeights(
+        norm=normal(hidden, std=0.1) + 1,
+        eps=1e-5,
+        router=normal(num_experts, hidden, std=0.1),
+        router_bias=normal(num_experts, std=0.1),
+        experts=Experts(
+            gate_up=packed(2 * inter, hidden),
+            gate_up_bias=normal(num_experts, 2 * inter, std=0.5),
+            down=packed(hidden, inter),
+            down_bias=normal(num_experts, hidden, std=0.5),
+        ),
+        top_k=top_k,
+    )
+
+
+def exact(h: Tensor, weights: MoEWeights, chosen: Tensor | None = None) -> Tensor:
+    """The layer in float64; `chosen` experts [num_tokens, top_k] instead of its own."""
+    h = h.double()
+    x = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + weights.eps) * weights.norm.double()
+    logits = x @ weights.router.double().T
+    if weights.router_bias is not None:
+        logits += weights.router_bias.double()
+    ids = logits.topk(weights.top_k).indices if chosen is None else chosen.long()
+    scale = logits.softmax(-1).gather(1, ids)
+    if weights.renormalize:
+        scale /= scale.sum(-1, keepdim=True)
+    experts, out = weights.experts, h.clone()
+    for expert in ids.unique().tolist():
+        token, k = (ids == expert).nonzero(as_tuple=True)
+        gate_up, down = dense(experts.gate_up, expert), dense(experts.down, expert)
+        both = x[token] @ gate_up.T + experts.gate_up_bias[expert].double()
+        gate, up = both[:, 0::2], both[:, 1::2]
+        if experts.activation == Activation.SWIGLU_OAI:
+            gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit) + 1
+            gate = gate * torch.sigmoid(experts.alpha * gate)
+        else:
+            gate = gate * torch.sigmoid(gate)
+        y = (gate * up) @ down.T + experts.down_bias[expert].double()
+        out.index_add_(0, token, y * scale[token, k, None])
+    return out
+
+
+def dense(weight: object, expert: int) -> Tensor:
+    if isinstance(weight, MXFP4Weight):
+        return dequantize(weight.blocks[expert], weight.scales[expert], torch.float32).double()
+    assert isinstance(weight, Tensor)
+    return weight[expert].double()
+
+
+def errors(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Largest and RMS error, each relative to the expected values' own."""
+    difference = got.double() - expected
+    scale = expected.pow(2).mean().sqrt()
+    largest = (difference.abs() / expected.abs().clamp(min=scale)).max()
+    return float(largest), float(difference.pow(2).mean().sqrt() / scale)
+
+
+def variants() -> dict[str, MoEWeights]:
+    """gpt-oss, and what other models need."""
+    layer = random_layer(6, 160, 96, 3)
+    experts = layer.experts
+    assert isinstance(experts.gate_up, MXFP4Weight)
+    assert isinstance(experts.down, MXFP4Weight)
+    gate_up, down = (w.dequantize(torch.float32) for w in (experts.gate_up, experts.down))
+    return {
+        "gpt-oss": layer,
+        "not renormalized": replace(layer, renormalize=False, router_bias=None),
+        "SiLU": replace(layer, experts=replace(experts, activation=Activation.SILU_AND_MUL)),
+        "dense": replace(layer, experts=replace(experts, gate_up=gate_up, down=down)),
+    }
+
+
+@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_equals_float64(name: str, num_tokens: int) -> None:
+    layer = variants()[name]
+    h = torch.randn(num_tokens, 160, generator=torch.Generator().manual_seed(1))
+    out = torch.full_like(h, float("nan"))
+    got = moe_layer(h, layer, out=out)
+    assert got is out
+    torch.testing.assert_close(got.double(), exact(h, layer), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["norm", "bias", "residual", "activation", "renormalize"])
+def test_a_wrong_layer_is_noticed(change: str) -> None:
+    layer, h = variants()["gpt-oss"], torch.randn(40, 160)
+    wrong = {
+        "norm": replace(layer, norm=torch.ones(160)),
+        "bias": replace(layer, experts=replace(layer.experts, down_bias=torch.zeros(6, 160))),
+        "residual": layer,
+        "activation": variants()["SiLU"],
+        "renormalize": replace(layer, renormalize=False),
+    }[change]
+    got = moe_layer(h, wrong) - (h if change == "residual" else 0)
+    largest, rms = errors(got, exact(h, layer))
+    assert largest > 0.025
+    assert rms > 0.005
