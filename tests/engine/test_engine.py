@@ -86,6 +86,7 @@ def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]
     max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.integers(1, 40),
     prefix_caching=st.booleans(),
+    overlap=st.just(False),
 )
 def test_requests_get_the_tokens_they_get_alone(
     work: list[Arrival],
@@ -94,9 +95,11 @@ def test_requests_get_the_tokens_they_get_alone(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     prefix_caching: bool,
+    overlap: bool,
 ) -> None:
     engine = toy_engine(
         ToyModel(windows),
+        overlap=overlap,
         kv_cache_memory=pages_to_bytes(pages, 4),
         max_model_len=54,
         max_num_seqs=max_num_seqs,

@@ -21,6 +21,7 @@ def request(tokens: list[int], adapter: str | None = None, **params: Any) -> Req
         arrival=(0.0, 0),
         seed=0,
         token_ids=array("q", tokens),
+        limit=1000,
     )
 
 

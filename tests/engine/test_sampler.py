@@ -23,6 +23,7 @@ def request(prompt: list[int], output: list[int], seed: int = 0, **params: Any) 
         arrival=(0.0, 0),
         seed=seed,
         token_ids=array("q", prompt + output),
+        limit=1000,
     )
 
 

@@ -27,6 +27,7 @@ def add(
         arrival=(arrival, 0),
         seed=0,
         token_ids=array("q", range(base, base + prompt_len)),
+        limit=1000,
         prompt_logprobs=[None] if params else [],
     )
     scheduler.add(request)

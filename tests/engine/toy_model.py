@@ -38,10 +38,13 @@ class ToyModel:
 
     def forward(self, batch: Batch) -> Tensor:
         self.num_rows += len(batch.token_ids)
+        late = batch.token_ids < 0
+        earlier = batch.sampled[(-1 - batch.token_ids).clamp(min=0)]
+        token_ids = torch.where(late, earlier, batch.token_ids)
         seen = torch.zeros(len(batch.token_ids), dtype=torch.int64)
         for layer, group in enumerate(batch.groups):
             cache = batch.kv_cache[layer].flatten(1, 2)  # [2, num_slots, 1, 1]
-            cache[0, group.slots, 0, 0] = batch.token_ids + 1
+            cache[0, group.slots, 0, 0] = token_ids + 1
             cache[1, group.slots, 0, 0] = batch.positions + 1
             seen = (seen * 31 + self._read(batch, group, batch.kv_cache[layer])) % PRIME
         seen = seen[batch.output_rows]
@@ -72,9 +75,12 @@ def pages_to_bytes(num_pages: int, block_size: int) -> int:
     return 2 * num_pages * block_size * TOKEN_BYTES
 
 
-def toy_engine(model: ToyModel | None = None, **config: Any) -> Engine:
+def toy_engine(model: ToyModel | None = None, *, overlap: bool = False, **config: Any) -> Engine:
+    """overlap: read tokens one step late, as on a GPU."""
     config = {"block_size": 4, "kv_cache_memory": 1 << 20} | config
-    return Engine(EngineConfig(**config), model=model or ToyModel())
+    engine = Engine(EngineConfig(**config), model=model or ToyModel())
+    engine.overlap = overlap
+    return engine
 
 
 def make_toy_engine(config: EngineConfig, progress: Any) -> Engine:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
@@ -24,6 +26,39 @@ from headrace.engine.sampler import choose_tokens, score_tokens
 from headrace.engine.scheduler import Plan, Scheduler
 from headrace.engine.threads import set_cpu_threads
 from headrace.models import Model, load_model
+
+
+class Sampled:
+    def __init__(self, logits: Tensor, requests: list[Request]) -> None:
+        self.tokens = choose_tokens(logits, requests) if requests else []
+        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        num_top = [requests[i].params.logprobs or 0 for i in rows]
+        scores = score_tokens(logits[rows], [self.tokens[i] for i in rows], num_top)
+        self.scores = dict(zip(rows, scores, strict=True))
+
+    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
+        return [(token, self.scores.get(i)) for i, token in enumerate(self.tokens)]
+
+
+class Scores:
+    def __init__(self, logits: Tensor, scoring: list[tuple[Request, int]]) -> None:
+        tokens = [request.token_ids[position + 1] for request, position in scoring]
+        num_top = [request.params.prompt_logprobs or 0 for request, _ in scoring]
+        self.scores = score_tokens(logits, tokens, num_top)
+
+    def read(self) -> list[TokenLogprobs]:
+        return self.scores
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A batch that the device computes now, and who waits for what of it."""
+
+    sampling: list[Request]
+    sampled: Sampled  # a token for each of `sampling`
+    scoring: list[Request]
+    scores: Scores  # of one prompt token for each of `scoring`
+    ending: list[Request]  # wanted their prompt computed, and no token
 
 
 class Engine:
@@ -48,12 +83,14 @@ class Engine:
         positions = self.model.config.max_position_embeddings
         pages, self.max_model_len = plan_cache(layout, config, memory, dtype, positions)
         self.cache = KVCache(layout.windows, pages, config.block_size, config.enable_prefix_caching)
-        self.runner = Runner(self.model, pages, config.block_size)
+        self.runner = Runner(self.model, pages, config, self.max_model_len)
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
         self.requests: dict[str, Request] = {}
         self.ready = EngineReady(
             self.max_model_len, pages, config.block_size, time.monotonic() - start
         )
+        self.overlap = self.model.device.type != "cpu"  # read a step's tokens one step late
+        self._launched: Launched | None = None
         self._news: list[RequestOutput] = []  # refusals and aborts, told with the next step
         self._arrivals = count()
         self._num_steps = 0
@@ -85,62 +122,76 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do or tell anything."""
-        return bool(self.requests or self._news)
+        return bool(self.requests or self._news or self._launched)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; returns the news of every request that has any."""
+        """Launch one batch, then tell the news of the batch before it.
+
+        While the device computes the new batch the host reads the old one: its tokens stay on
+        the device, where the new batch finds them.
+        """
         outputs, self._news = self._news, []
         plan = self.scheduler.schedule()
-        if not plan:
-            assert not self.requests, "requests are waiting and nothing runs"
-            return outputs
+        before, self._launched = self._launched, self._launch(plan) if plan else None
+        if before:
+            outputs += self._collect(before)
+        if self._launched and not self.overlap:
+            outputs += self._collect(self._launched)
+            self._launched = None
+        assert plan or before or not self.requests, "requests are waiting and nothing runs"
+        return outputs
+
+    def _launch(self, plan: Plan) -> Launched:
+        """Hand a batch to the device, and take its tokens for computed."""
         sampling = [r for r, n in plan.items() if r.samples_after(n)]
         scoring = [(r, p) for r, n in plan.items() for p in r.unscored_positions(n)]
         logits = self.runner.forward(plan, output_rows(plan, sampling, scoring))
+        launched = Launched(
+            sampling=sampling,
+            sampled=self._sample(logits[: len(sampling)], sampling),
+            scores=Scores(logits[len(sampling) :], scoring),
+            scoring=[request for request, _ in scoring],
+            ending=[r for r, n in plan.items() if r.params.max_tokens == 0 == r.num_pending - n],
+        )
         for request, num_tokens in plan.items():
             self.cache.commit(request, num_tokens)
-        self._score_prompts(logits[len(sampling) :], scoring)
-        outputs += self._sample(logits[: len(sampling)], sampling)
-        for request in plan:
-            if request.params.max_tokens == 0 and request.num_pending == 0:
-                outputs.append(self._finish(request, [], "length"))
+        for row, request in enumerate(sampling):
+            request.sampled_row = row
+            request.num_in_flight += 1
         self._num_steps += 1
         self._iteration_tokens.append(sum(plan.values()))
-        return outputs
+        return launched
 
-    def _score_prompts(self, logits: Tensor, scoring: list[tuple[Request, int]]) -> None:
-        """Add the log-probabilities of the prompt tokens after the scored positions."""
-        tokens = [request.token_ids[position + 1] for request, position in scoring]
-        num_top = [request.params.prompt_logprobs or 0 for request, _ in scoring]
-        scores = score_tokens(logits, tokens, num_top)
-        for (request, _), score in zip(scoring, scores, strict=True):
-            request.prompt_logprobs.append(score)
+    def _sample(self, logits: Tensor, requests: list[Request]) -> Sampled:
+        sampled = Sampled(logits, requests)
+        self.runner.sampled[: len(requests)] = torch.tensor(sampled.tokens, dtype=torch.int64)
+        return sampled
 
-    def _sample(self, logits: Tensor, requests: list[Request]) -> list[RequestOutput]:
-        """Add a token to each request, and say so."""
-        if not requests:
-            return []
-        tokens = choose_tokens(logits, requests)
-        scores = self._score_outputs(logits, requests, tokens)
+    def _collect(self, launched: Launched) -> list[RequestOutput]:
+        """Wait until the device has computed a batch; its news."""
         outputs = []
-        for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            request.token_ids.append(token)
-            reason = request.finish_reason(self.max_model_len)
-            news = {"logprobs": [scores[i]] if i in scores else None}
-            if reason is None:
-                outputs.append(request.output([token], **news))
-            else:
-                outputs.append(self._finish(request, [token], reason, **news))
+        for request, score in zip(launched.scoring, launched.scores.read(), strict=True):
+            request.prompt_logprobs.append(score)
+        for request, (token, logprobs) in zip(
+            launched.sampling, launched.sampled.read(), strict=True
+        ):
+            if self._is_live(request):
+                outputs.append(self._tell(request, token, logprobs))
+        for request in filter(self._is_live, launched.ending):
+            outputs.append(self._finish(request, [], "length"))
         return outputs
 
-    def _score_outputs(
-        self, logits: Tensor, requests: list[Request], tokens: list[int]
-    ) -> dict[int, TokenLogprobs]:
-        """Log-probabilities of the chosen tokens, by row, where they are wanted."""
-        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        num_top = [requests[i].params.logprobs or 0 for i in rows]
-        scores = score_tokens(logits[rows], [tokens[i] for i in rows], num_top)
-        return dict(zip(rows, scores, strict=True))
+    def _is_live(self, request: Request) -> bool:
+        """False for one that ended, or was aborted, while its last row was computed."""
+        return self.requests.get(request.request_id) is request
+
+    def _tell(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        """A request's next token, which may be its last."""
+        reason = request.read(token)
+        news = {"logprobs": None if logprobs is None else [logprobs]}
+        if reason is None:
+            return request.output([token], **news)
+        return self._finish(request, [token], reason, **news)
 
     def _finish(
         self, request: Request, tokens: list[int], reason: str, **news: object

@@ -121,6 +121,7 @@ class KVCache:
             request.block_tables.append(array("i", [-1] * first + pages))
             request.first_block.append(first)
         request.num_computed = num_matched * self.block_size
+        request.num_named = num_matched
 
     def grow(self, request: Request, num_tokens: int) -> int:
         """Take pages for up to num_tokens more tokens; returns for how many there were pages."""
@@ -136,24 +137,24 @@ class KVCache:
     def commit(self, request: Request, num_tokens: int) -> None:
         """Note that num_tokens more tokens are in the cache.
 
-        Blocks that became full can be found from now on; pages before the window of the next
+        Full blocks of known tokens can be found from now on; pages before the window of the next
         token are given back.
         """
-        old_blocks = request.num_computed // self.block_size
         request.num_computed += num_tokens
-        num_blocks = request.num_computed // self.block_size
+        num_known = min(request.num_computed, len(request.token_ids)) // self.block_size
         if self.find_prefixes:
-            request.extend_hashes(num_blocks, self.block_size)
+            request.extend_hashes(num_known, self.block_size)
         for g, (window, pool) in enumerate(zip(self.windows, self.pools, strict=True)):
             table = request.block_tables[g]
             if self.find_prefixes:
-                for i in range(old_blocks, num_blocks):
+                for i in range(max(request.num_named, request.first_block[g]), num_known):
                     pool.name(table[i], request.block_hashes[i])
             visible = self.first_visible_block(window, request.num_computed)
             for i in range(request.first_block[g], visible):
                 pool.give_back(table[i])
                 table[i] = -1
             request.first_block[g] = visible
+        request.num_named = num_known
 
     def release(self, request: Request) -> None:
         """Give back every page, last blocks first, so that a prefix outlives its continuations."""
@@ -161,7 +162,7 @@ class KVCache:
             for page in reversed(table[request.first_block[g] :]):
                 self.pools[g].give_back(page)
         request.block_tables, request.first_block = [], []
-        request.num_computed = 0
+        request.num_computed = request.num_named = 0
 
     @property
     def usage(self) -> float:

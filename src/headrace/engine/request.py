@@ -34,31 +34,48 @@ class Request:
     adapter: str | None
     arrival: tuple[float, int]
     seed: int
-    token_ids: array[int]  # prompt, then output
+    token_ids: array[int]  # prompt, then output as far as the host has read it
+    limit: int  # most tokens, prompt and output
+    num_in_flight: int = 0  # output tokens that are sampled or will be, and not yet read
+    sampled_row: int = -1  # row of the newest of them among the step's samples
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
     queued_s: float = 0.0
     block_tables: list[array[int]] = field(default_factory=list)
     first_block: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_named: int = 0  # blocks that the prefix cache knows
     # scored prompt tokens; the first has nothing before it: [None, ...] if wanted, else []
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     reported: bool = False  # an output has been sent
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output."""
-        return len(self.token_ids)
+        """Prompt and output, tokens in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_outputs(self) -> int:
-        """Output tokens so far."""
-        return len(self.token_ids) - self.prompt_len
+        """Output tokens so far, those in flight included."""
+        return self.num_tokens - self.prompt_len
 
     @property
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be sampled; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether a token that was not read yet is the last one, whatever it is."""
+        return self.num_in_flight > 0 and self.num_tokens >= self.limit
+
+    def next_tokens(self, num_rows: int) -> array[int]:
+        """The next num_rows tokens to compute; -1 - i stands for row i of the last samples."""
+        tokens = self.token_ids[self.num_computed : self.num_computed + num_rows]
+        if len(tokens) < num_rows:
+            tokens.append(-1 - self.sampled_row)
+        assert len(tokens) == num_rows, f"{num_rows=} {self.num_computed=} {self.num_tokens=}"
+        return tokens
 
     @property
     def owes_prompt_logprobs(self) -> bool:
@@ -78,20 +95,20 @@ class Request:
 
     def extend_hashes(self, num_blocks: int, block_size: int) -> None:
         """Chain the content hashes of the first num_blocks full blocks, adapter name as salt."""
-        assert num_blocks * block_size <= self.num_tokens
+        assert num_blocks * block_size <= len(self.token_ids)
         while len(self.block_hashes) < num_blocks:
             i = len(self.block_hashes)
             parent = self.block_hashes[-1] if i else digest((self.adapter or "").encode())
             tokens = self.token_ids[i * block_size : (i + 1) * block_size].tobytes()
             self.block_hashes.append(digest(parent + tokens))
 
-    def finish_reason(self, max_model_len: int) -> str | None:
-        """Why the request ends with its newest token, or None if it goes on."""
-        if self.num_outputs and self.token_ids[-1] in self.params.stop_token_ids:
+    def read(self, token: int) -> str | None:
+        """Append an output token that was in flight; returns why it is the last, or None."""
+        self.token_ids.append(token)
+        self.num_in_flight -= 1
+        if token in self.params.stop_token_ids:
             return "stop"
-        if self.num_outputs >= self.params.max_tokens or self.num_tokens >= max_model_len:
-            return "length"
-        return None
+        return "length" if len(self.token_ids) >= self.limit else None
 
     def output(self, token_ids: list[int], **news: object) -> RequestOutput:
         """The message about this request; what is told once goes with the first one."""
@@ -121,6 +138,7 @@ def new_request(
         arrival=(message.arrival_time, index),
         seed=request_seed(engine_seed, message.request_id) if seed is None else seed,
         token_ids=array("q", message.prompt_token_ids),
+        limit=min(len(message.prompt_token_ids) + message.params.max_tokens, max_model_len),
         prompt_logprobs=[] if message.params.prompt_logprobs is None else [None],
     )
 

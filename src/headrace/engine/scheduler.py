@@ -52,8 +52,9 @@ class Scheduler:
         """Choose the next step's work and take the pages for it."""
         plan: Plan = {}
         preemptions = self.num_preemptions
-        decoding = [request for request in self.running if request.num_pending == 1]
-        prefilling = [request for request in self.running if request.num_pending > 1]
+        running = [request for request in self.running if not request.ends_in_flight]
+        decoding = [request for request in running if request.num_pending == 1]
+        prefilling = [request for request in running if request.num_pending > 1]
         for request in decoding + prefilling:
             if request.block_tables:  # else it was preempted for one before it
                 self._extend(request, plan)

@@ -30,7 +30,7 @@ class Batch:
     cache. The tensors may be the static buffers of a captured CUDA graph.
     """
 
-    token_ids: Tensor  # [num_tokens] int64
+    token_ids: Tensor  # [num_tokens] int64; -1 - i: what row i of the step before sampled
     positions: Tensor  # [num_tokens] int64
     query_start: Tensor  # [num_seqs + 1] int32
     seq_lens: Tensor  # [num_seqs] int32: tokens in the cache after this step
@@ -38,6 +38,8 @@ class Batch:
     output_rows: Tensor  # [num_outputs] int64: rows whose logits are wanted
     # [num_layers] of [2 (k, v), num_pages, block_size, num_kv_heads, head_dim], written in place
     kv_cache: tuple[Tensor, ...]
+    # [max_num_seqs] int64: what the step before sampled; None if every token id is known
+    sampled: Tensor | None = None
 
 
 @dataclass(frozen=True)
