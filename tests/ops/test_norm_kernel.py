@@ -54,7 +54,7 @@ def test_gpu_equals_float64_and_a_row_its_own_bits():
     weight = (torch.randn(2880, device="cuda") * 0.1 + 1).bfloat16()
     x = (torch.randn(4096, 2880, device="cuda") * 3).bfloat16()
     out = norm.rms_norm(x, weight, 1e-5)
-    torch.testing.assert_close(out.double(), exact(x, weight, 1e-5), rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(out.double(), exact(x, weight, 1e-5), rtol=1.01 * 2**-8, atol=1e-6)
     assert not torch.equal(out, norm.rms_norm(x, weight, 1e-1))
     for num_tokens in (1, 2, 3, 7, 16, 17, 129, 1000):
         rows = slice(5, 5 + num_tokens)

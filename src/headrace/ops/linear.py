@@ -15,13 +15,42 @@ def linear(
     x: Tensor,  # [num_tokens, in_features]
     weight: Tensor,  # [out_features, in_features], x's dtype
     bias: Tensor | None = None,  # [out_features]
+    residual: Tensor | None = None,  # [num_tokens, out_features]
+    out: Tensor | None = None,  # [num_tokens, out_features], x's dtype or float32; may be residual
 ) -> Tensor:
-    """y = x W^T + b. Returns [num_tokens, out_features] in x's dtype.
+    """y = x W^T + b + residual, summed in float32 in this order and rounded once.
 
-    On the CPU a row's result does not depend on the rows beside it, see _ROWS_TOGETHER.
+    Returns out, or a new tensor of x's dtype. A row of y has the same bits whatever the other
+    rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. Raises ValueError for shapes
+    and dtypes that do not fit.
     """
-    assert x.dtype == weight.dtype, f"{x.dtype=} {weight.dtype=}"
-    missing = -len(x) % _ROWS_TOGETHER
-    if x.is_cpu and missing:
-        return F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)]
-    return F.linear(x, weight, bias)
+    if out is None:
+        out = x.new_empty(len(x), len(weight))
+    if x.is_cuda:
+        from headrace.ops import linear_kernel
+
+        return linear_kernel.linear(x, weight, bias, residual, out)
+    check(x, weight, bias, residual, out)
+    wide = F.pad(x.float(), (0, 0, 0, -len(x) % _ROWS_TOGETHER))
+    y = F.linear(wide, weight.float(), None if bias is None else bias.float())[: len(x)]
+    return out.copy_(y if residual is None else y + residual)
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    """Raise ValueError, naming the argument, where one does not fit the others."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            "pass [num_tokens, in_features] and [out_features, in_features]"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; convert one of them")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; weight needs ({len(weight)},)")
+    shape = (len(x), len(weight))
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; this call needs {shape}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; this call needs {shape}")

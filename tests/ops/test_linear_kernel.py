@@ -1,0 +1,207 @@
+"""The dense matmul against float64, through Triton's interpreter and on a GPU."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from headrace.ops import linear_kernel
+from headrace.ops.linear import linear
+from headrace.ops.linear_tiles import LinearTile
+
+gpu = pytest.mark.gpu
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
+
+SMALL = LinearTile(block_m=16, block_n=64, rows=24, block_k=64, num_warps=4, num_stages=2)
+WIDE = LinearTile(32, 64, 64, 32, num_warps=4, num_stages=2, group_m=2)
+# gpt-oss: out_features, in_features, bias, residual, out's dtype
+QKV = (5120, 2880, True, False, torch.bfloat16)
+OUTPUT = (2880, 4096, True, True, torch.bfloat16)
+LM_HEAD = (201088, 2880, False, False, torch.float32)
+ODD = (333, 200, True, True, torch.bfloat16)
+UNALIGNED = (50, 77, True, True, torch.float32)  # in_features that 16-byte loads do not divide
+
+
+class Layer:
+    """Random weights and inputs, with the plain computation in float64."""
+
+    def __init__(
+        self, num_tokens, out_features, in_features, bias, residual, out_dtype,
+        dtype=torch.bfloat16, device="cuda",
+    ):  # fmt: skip
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape, std=1.0):
+            return (torch.randn(shape, device=device, generator=generator) * std).to(dtype)
+
+        self.x = normal(num_tokens, in_features)
+        self.weight = normal(out_features, in_features, std=in_features**-0.5)
+        self.bias = normal(out_features) if bias else None
+        self.residual = normal(num_tokens, out_features) if residual else None
+        self.out_dtype = out_dtype
+
+    def run(self, rows=slice(None), tile=None):
+        """The kernel on some rows of x."""
+        x = self.x[rows]
+        residual = None if self.residual is None else self.residual[rows]
+        out = x.new_full((len(x), len(self.weight)), float("nan"), dtype=self.out_dtype)
+        return linear_kernel.linear(x, self.weight, self.bias, residual, out, tile)
+
+    def exact(self):
+        y = self.x.double() @ self.weight.double().T
+        if self.bias is not None:
+            y += self.bias
+        if self.residual is not None:
+            y += self.residual
+        return y
+
+    def check(self, out):
+        """Rounded once: at most half a unit in the last place beside float32's own error."""
+        assert out.dtype == self.out_dtype
+        rounding = 2**-8 if self.out_dtype == torch.bfloat16 else 0
+        error = (out.double() - (exact := self.exact())).abs()
+        assert (error <= exact.abs() * rounding * 1.01 + 1e-4).all(), float(error.max())
+
+
+@interpreted
+@pytest.mark.parametrize("tile", [SMALL, WIDE])
+@pytest.mark.parametrize(
+    ("num_tokens", "out_features", "in_features", "bias", "residual"),
+    [
+        (1, 24, 64, False, False),
+        (5, 40, 72, True, False),
+        (17, 70, 130, True, True),
+        (70, 33, 48, False, True),
+    ],
+)
+def test_equals_float64(num_tokens, out_features, in_features, bias, residual, tile):
+    layer = Layer(
+        num_tokens, out_features, in_features, bias, residual, torch.float32,
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    out = layer.run(tile=tile)
+    assert_close(out.double(), layer.exact(), rtol=1e-5, atol=1e-5)
+    for wrong in (out.roll(1, 1), out + 0.01, out * 1.001):
+        with pytest.raises(AssertionError):
+            assert_close(wrong.double(), layer.exact(), rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_float32_out_keeps_what_float16_would_lose():
+    layer = Layer(3, 30, 40, True, True, torch.float32, dtype=torch.float16, device="cpu")
+    out = layer.run(tile=SMALL)
+    assert_close(out.double(), layer.exact(), rtol=1e-5, atol=1e-5)
+    layer.out_dtype = torch.float16
+    rounded = layer.run(tile=SMALL)
+    assert torch.equal(rounded, out.half())
+    assert not torch.equal(rounded.float(), out)
+
+
+@interpreted
+def test_residual_in_place():
+    layer = Layer(18, 30, 40, True, True, torch.float32, dtype=torch.float32, device="cpu")
+    expected, hidden = layer.exact(), layer.residual
+    linear_kernel.linear(layer.x, layer.weight, layer.bias, hidden, hidden, SMALL)
+    assert_close(hidden.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_the_tile_may_be_left_out_and_x_be_empty():
+    layer = Layer(2, 20, 24, True, False, torch.float32, dtype=torch.float32, device="cpu")
+    assert_close(layer.run().double(), layer.exact(), rtol=1e-5, atol=1e-5)
+    assert layer.run(slice(0)).shape == (0, 20)
+
+
+def test_tensors_that_are_not_contiguous_are_refused():
+    x, weight, out = torch.randn(4, 8), torch.randn(6, 8), torch.empty(4, 6)
+    for name, arguments in {
+        "x": (torch.randn(8, 4).T, weight, None, None, out),
+        "weight": (x, torch.randn(8, 6).T, None, None, out),
+        "residual": (x, weight, None, torch.randn(6, 4).T, out),
+        "out": (x, weight, None, None, torch.empty(6, 4).T),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} has strides"):
+            linear_kernel.linear(*arguments)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 33, 128, 200, 3000])
+@pytest.mark.parametrize("kind", [QKV, OUTPUT, ODD, UNALIGNED])
+def test_gpu_equals_float64(kind, num_tokens):
+    layer = Layer(num_tokens, *kind)
+    out = layer.run()
+    layer.check(out)
+    if num_tokens:
+        for wrong in (out.roll(1, 1), out + 0.02, out * 1.02):
+            with pytest.raises(AssertionError):
+                layer.check(wrong)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 17, 128])
+def test_gpu_lm_head_equals_float64(num_tokens):
+    layer = Layer(num_tokens, *LM_HEAD)
+    layer.check(layer.run())
+
+
+@gpu
+@pytest.mark.parametrize("kind", [QKV, OUTPUT, ODD, UNALIGNED])
+def test_gpu_a_row_has_the_same_bits_in_every_batch(kind):
+    layer = Layer(16384, *kind)
+    whole = layer.run()
+    for num_tokens in (1, 2, 3, 7, 16, 17, 32, 64, 127, 128, 129, 500, 1000, 2048, 4096):
+        rows = slice(5, 5 + num_tokens)
+        assert torch.equal(layer.run(rows), whole[rows]), num_tokens
+    assert not torch.equal(layer.run(slice(0, 64)), whole[1:65])
+
+
+@gpu
+def test_gpu_lm_head_has_the_same_bits_in_every_batch():
+    layer = Layer(200, *LM_HEAD)
+    whole = layer.run()
+    for num_tokens in (1, 2, 16, 17, 64, 65, 128, 129):
+        rows = slice(3, 3 + num_tokens)
+        assert torch.equal(layer.run(rows), whole[rows]), num_tokens
+
+
+@gpu
+def test_gpu_no_tile_changes_a_bit():
+    layer = Layer(300, *OUTPUT)
+    whole = layer.run()
+    for block_m, block_n, rows, block_k, num_warps, num_stages in (
+        (16, 64, 24, 128, 4, 8),
+        (16, 64, 64, 64, 4, 4),
+        (32, 64, 16, 256, 4, 3),
+        (64, 128, 80, 64, 8, 3),
+        (128, 64, 64, 128, 4, 3),
+        (128, 128, 128, 64, 4, 3),
+        (256, 128, 128, 64, 8, 3),
+        (128, 256, 256, 64, 8, 3),
+    ):
+        tile = LinearTile(block_m, block_n, rows, block_k, num_warps, num_stages, 2)
+        assert torch.equal(layer.run(tile=tile), whole), tile
+
+
+@gpu
+def test_gpu_in_a_graph_without_allocations():
+    layer = Layer(7, *OUTPUT)
+    expected = layer.run()
+    out = torch.full_like(expected, float("nan"))
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    linear(layer.x, layer.weight, layer.bias, layer.residual, out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert torch.equal(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        linear(layer.x, layer.weight, layer.bias, layer.residual, out)
+    for _ in range(2):
+        layer.x.copy_(layer.x.flip(0))
+        out.fill_(float("nan"))
+        graph.replay()
+        layer.check(out)
+
+
+@gpu
+def test_gpu_other_dtypes_are_refused():
+    x = torch.zeros(2, 8, device="cuda")
+    with pytest.raises(ValueError, match=r"x is torch\.float32; pass bfloat16"):
+        linear(x, x)
