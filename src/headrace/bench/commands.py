@@ -9,6 +9,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from headrace.bench.list_options import ListOptions
+from headrace.bench.serve_config import ServeBenchConfig
+from headrace.flags import with_configs
+
 app = typer.Typer(help="Measure kernels, the engine and a server.", no_args_is_help=True)
 
 
@@ -29,3 +33,12 @@ def synth(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {out}", total=None)
         write_synthetic(out, SIZES[size], seed, lambda d, t: bar.update(task, completed=d, total=t))
+
+
+@app.command(cls=ListOptions)
+@with_configs(config=ServeBenchConfig)
+def serve(*, config: ServeBenchConfig) -> None:
+    """Put load on a running server and print throughput and latencies."""
+    from headrace.bench.serve import run_serve
+
+    raise typer.Exit(run_serve(config))

@@ -1,0 +1,255 @@
+"""`headrace bench serve`: load on any OpenAI-compatible server, measured as the field does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+import headrace
+from headrace.bench.client import Client, Outcome, reason
+from headrace.bench.datasets import Sample, load_samples
+from headrace.bench.plots import need_matplotlib, plot_run
+from headrace.bench.serve_config import ServeBenchConfig
+from headrace.bench.serve_metrics import Summary, Timeline, summarize, table
+from headrace.config import ConfigError
+from headrace.server.tokenizer import Tokenizer, load_tokenizer
+
+REASONS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """A load that is over."""
+
+    outcomes: list[Outcome]
+    timelines: list[Timeline]  # of those that succeeded
+    summary: Summary
+
+
+def run_serve(config: ServeBenchConfig) -> int:
+    """Measure and print; returns 1 if requests failed, 0 if none did.
+
+    Raises ConfigError for a server that can't be reached, an unknown model or bad data.
+    """
+    if config.plot:
+        need_matplotlib()
+    run = asyncio.run(measure(config))
+    print(table(run.summary, config.metrics, config.percentiles, config.max_concurrency,
+                config.request_rate))  # fmt: skip
+    print_failures(run.outcomes)
+    now = datetime.now()
+    if config.save_result or config.save_detailed:
+        save(config, run, now)
+    if config.plot:
+        for path in plot_run(run.timelines, run.summary, result_path(config, now).with_suffix("")):
+            print(f"Plot: {path}")
+    return 1 if run.summary.failed else 0
+
+
+async def measure(config: ServeBenchConfig) -> Run:
+    """Find the model, make the prompts, warm up, send the load."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    models = await wait_for_models(config, key)
+    model = choose_model(config, models)
+    tokenizer = load_tokenizer(tokenizer_dir(config, models))
+    samples = load_samples(config, tokenizer)
+    chosen = assign_models(config, model, len(samples))
+    client = Client(config.url, config.path, config.is_chat, config.extra_fields, key)
+    async with client:
+        warmups = [samples[0]] * config.num_warmups
+        await send_all(client, warmups, [model] * len(warmups), None, config, "warming up")
+        delays = arrivals(len(samples), config.request_rate, config.burstiness, config.seed)
+        start = time.perf_counter()
+        outcomes = await send_all(client, samples, chosen, delays, config, "sending")
+        duration = time.perf_counter() - start
+    timelines = [timeline(o, tokenizer) for o in outcomes if o.succeeded]
+    summary = summarize(timelines, len(outcomes) - len(timelines), duration, config.goals)
+    return Run(outcomes, timelines, summary)
+
+
+async def wait_for_models(config: ServeBenchConfig, key: str) -> list[dict[str, Any]]:
+    """Return the server's list of models, within --ready-check-timeout-sec.
+
+    A server without /v1/models has an empty list; one that can't be reached is a ConfigError.
+    """
+    deadline = time.monotonic() + config.ready_check_timeout_sec
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession(headers=headers, trust_env=True) as session:
+        while True:
+            try:
+                async with session.get(config.url + "/v1/models") as response:
+                    if response.status in (401, 403):
+                        said = reason(await response.read())
+                        raise ConfigError(f"{config.url}: {said} (set OPENAI_API_KEY)")
+                    if response.status < 500:
+                        listed = await response.json(content_type=None) if response.ok else {}
+                        return list(listed.get("data", []))
+                    problem = f"HTTP {response.status}"
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                problem = str(error)
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"can't reach a server at {config.url}: {problem}")
+            await asyncio.sleep(0.2)
+
+
+def choose_model(config: ServeBenchConfig, models: Sequence[dict[str, Any]]) -> str:
+    """Return the base model's name; raise ConfigError for names that the server doesn't list."""
+    names = [str(m.get("id")) for m in models]
+    if not config.model and not names:
+        raise ConfigError(f"{config.url} lists no models; give --model NAME")
+    for flag_name, name in [("--model", config.model), *(("--lora-modules", m) for m in
+                                                        config.lora_modules)]:  # fmt: skip
+        if name and names and name not in names:
+            raise ConfigError(f"{flag_name} {name}: the server has only {', '.join(names)}")
+    return config.model or names[0]
+
+
+def tokenizer_dir(config: ServeBenchConfig, models: Sequence[dict[str, Any]]) -> Path:
+    """Find the tokenizer: as told, or in the directory that the server says the model lies in."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    for root in (m.get("root") for m in models if config.model in ("", m.get("id"))):
+        if root and Path(root).is_dir():
+            return Path(root)
+    raise ConfigError("give --tokenizer DIR: the server doesn't say where its model lies")
+
+
+def assign_models(config: ServeBenchConfig, model: str, num_prompts: int) -> list[str]:
+    """Return the model, or the adapter, that each request asks for."""
+    adapters = config.lora_modules
+    if not adapters:
+        return [model] * num_prompts
+    if config.lora_assignment == "round-robin":
+        return [adapters[i % len(adapters)] for i in range(num_prompts)]
+    return random.Random(config.seed).choices(adapters, k=num_prompts)
+
+
+def arrivals(num_prompts: int, rate: float, burstiness: float, seed: int) -> np.ndarray | None:
+    """Seconds from the start to each request: sums of gamma(burstiness) gaps of mean 1 / rate.
+
+    They are stretched so that the last comes at num_prompts / rate, as vLLM does: the rate asked
+    for is then the rate sent. None: all at once.
+    """
+    if not np.isfinite(rate):
+        return None
+    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), num_prompts)
+    times = np.cumsum(gaps)
+    return times * (num_prompts / rate / times[-1])
+
+
+async def send_all(
+    client: Client,
+    samples: Sequence[Sample],
+    models: Sequence[str],
+    delays: np.ndarray | None,
+    config: ServeBenchConfig,
+    title: str,
+) -> list[Outcome]:
+    """Send every sample, at its time and at most --max-concurrency at once."""
+    room = asyncio.Semaphore(config.max_concurrency or max(len(samples), 1))
+    start = time.perf_counter()
+    with progress(title, len(samples)) as advance:
+
+        async def one(i: int) -> Outcome:
+            if delays is not None:
+                await asyncio.sleep(max(start + delays[i] - time.perf_counter(), 0))
+            async with room:
+                outcome = await client.send(samples[i], models[i])
+            advance()
+            return outcome
+
+        return await asyncio.gather(*(one(i) for i in range(len(samples))))
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on stderr (nothing where it is no terminal); yields what advances it."""
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+
+
+def timeline(outcome: Outcome, tokenizer: Tokenizer) -> Timeline:
+    """Count the tokens: the server's count, or the text's where the server gives none."""
+    tokens = outcome.usage_tokens
+    return Timeline(
+        outcome.start,
+        outcome.chunk_times,
+        outcome.prompt_len,
+        len(tokenizer.encode(outcome.text)) if tokens is None else tokens,
+    )
+
+
+def print_failures(outcomes: Sequence[Outcome]) -> None:
+    """Say why requests failed: the first ten reasons, with how often each came."""
+    reasons = Counter(o.error for o in outcomes if not o.succeeded)
+    for text, count in list(reasons.items())[:REASONS_SHOWN]:
+        print(f"Failed {count}x: {text}")
+    if len(reasons) > REASONS_SHOWN:
+        print(f"... and {len(reasons) - REASONS_SHOWN} other reasons")
+
+
+def result_path(config: ServeBenchConfig, now: datetime) -> Path:
+    """Return where the result goes."""
+    rate = f"{config.request_rate:g}qps"
+    load = f"-concurrency{config.max_concurrency}" if config.max_concurrency else ""
+    model = (config.model or "model").replace("/", "-")
+    name = f"{config.backend}-{rate}{load}-{model}-{now:%Y%m%d-%H%M%S}.json"
+    return config.result_dir / (config.result_filename or name)
+
+
+def save(config: ServeBenchConfig, run: Run, now: datetime) -> None:
+    """Write the figures and what they were measured with."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    result = {
+        "date": f"{now:%Y%m%d-%H%M%S}",
+        "headrace": headrace.__version__,
+        **settings | {"request_rate": rate_text(config.request_rate)},
+        **run.summary.to_json(config.metrics, config.percentiles),
+    }
+    if config.save_detailed:
+        result |= details(run.outcomes)
+    path = result_path(config, now)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"Result: {path}")
+
+
+def rate_text(rate: float) -> float | str:
+    """JSON has no infinity."""
+    return rate if np.isfinite(rate) else "inf"
+
+
+def details(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return every request's own figures, failed ones with their error; times in seconds."""
+    lines = [Timeline(o.start, o.chunk_times or [o.start], o.prompt_len, 0) for o in outcomes]
+    return {
+        "models": [o.model for o in outcomes],
+        "input_lens": [o.prompt_len for o in outcomes],
+        "output_lens": [o.usage_tokens for o in outcomes],
+        "start_times": [o.start for o in outcomes],
+        "ttfts": [line.ttft for line in lines],
+        "itls": [line.itls for line in lines],
+        "generated_texts": [o.text for o in outcomes],
+        "errors": [o.error for o in outcomes],
+    }
