@@ -20,17 +20,31 @@ MAX_REASON = 300  # characters of an error that are kept
 
 
 class Delta(msgspec.Struct):
-    """What a chat's chunk adds."""
+    """What a chat's chunk adds; servers have two names for reasoning."""
 
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said, aloud or not."""
+        return self.reasoning_content or self.reasoning or self.content or ""
 
 
 class Choice(msgspec.Struct):
-    """What a chunk adds, in one form or the other."""
+    """What a chunk adds, to a completion or to a chat."""
 
     text: str | None = None
     delta: Delta | None = None
+    finish_reason: str | None = None
+
+    @property
+    def is_only_a_role(self) -> bool:
+        """Whether this opens a chat's answer and is no token: servers may send it at once."""
+        delta = self.delta
+        return bool(delta and not (delta.text or delta.tool_calls or self.finish_reason))
 
 
 class Usage(msgspec.Struct):
@@ -57,7 +71,7 @@ class Outcome:
     prompt_len: int
     model: str
     start: float = 0.0  # just before the request is sent
-    chunk_times: list[float] = field(default_factory=list)  # of the chunks that have choices
+    chunk_times: list[float] = field(default_factory=list)  # of the chunks that bring choices
     usage_tokens: int | None = None  # generated tokens, if the server counts them
     text: str = ""
     error: str = ""  # why it failed; empty: it did not
@@ -151,13 +165,10 @@ def note(chunk: Chunk, now: float, outcome: Outcome, texts: list[str]) -> None:
         outcome.error = f"in the stream: {error_message(chunk.error)}"[:MAX_REASON]
     if chunk.usage is not None:
         outcome.usage_tokens = chunk.usage.completion_tokens
-    if chunk.choices:
+    if chunk.choices and not chunk.choices[0].is_only_a_role:
         outcome.chunk_times.append(now)
         choice = chunk.choices[0]
-        if choice.delta is not None:
-            texts.append(choice.delta.reasoning_content or choice.delta.content or "")
-        elif choice.text:
-            texts.append(choice.text)
+        texts.append(choice.delta.text if choice.delta else choice.text or "")
 
 
 def reason(body: bytes) -> str:
