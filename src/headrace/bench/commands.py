@@ -11,7 +11,10 @@ from rich.progress import Progress
 
 from headrace.bench.list_options import ListOptions
 from headrace.bench.serve_config import ServeBenchConfig
+from headrace.config import EngineConfig
 from headrace.flags import with_configs
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 
 app = typer.Typer(help="Measure kernels, the engine and a server.", no_args_is_help=True)
 
@@ -42,3 +45,49 @@ def serve(*, config: ServeBenchConfig) -> None:
     from headrace.bench.serve import run_serve
 
     raise typer.Exit(run_serve(config))
+
+
+@app.command()
+@with_configs(engine=EngineConfig)
+def latency(
+    model: Annotated[
+        Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
+    ] = BUNDLED_MODEL,
+    batch: Annotated[str, typer.Option(help="requests at once")] = "1,2,4,8,16,32,64,128",
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
+    output: Annotated[int, typer.Option(help="tokens of an answer")] = 128,
+    csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
+    *,
+    engine: EngineConfig,
+) -> None:
+    """Time a token and a prefill at each batch size, without a server."""
+    from headrace.bench.latency import Workload, run_latency
+
+    raise typer.Exit(run_latency(engine, Workload.parse(batch, prompt, output), csv))
+
+
+@app.command(cls=ListOptions)
+def sweep(
+    model: Annotated[
+        Path, typer.Option(help="checkpoint directory", show_default="bundled")
+    ] = BUNDLED_MODEL,
+    users: Annotated[str, typer.Option(help="how many ask at once")] = "1,2,4,8,16,32,64,128",
+    input_len: Annotated[int, typer.Option(help="tokens of a prompt", min=1)] = 512,
+    output_len: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 128,
+    prompts_per_user: Annotated[int, typer.Option(help="requests for each user", min=1)] = 5,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of adapters, measured after the base")
+    ] = None,
+    serve_args: Annotated[str, typer.Option(help="more flags of headrace serve")] = "",
+    start_timeout: Annotated[float, typer.Option(help="seconds the server may take")] = 600,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write", show_default="bench/results/GPU")
+    ] = None,
+) -> None:
+    """Start a server, measure it with more and more users, write serve.csv and serve.html."""
+    from headrace.bench.sweep import Sweep, parse_users, run_sweep
+
+    loras = tuple(lora_modules or ())
+    sizes = (input_len, output_len, prompts_per_user)
+    plan = Sweep(model, parse_users(users), *sizes, loras, serve_args, start_timeout)
+    raise typer.Exit(run_sweep(plan, out))

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from headrace.bench.floors import GPUS, Step
+from headrace.bench.latency import (
+    Answer,
+    Figure,
+    Latency,
+    LatencyRow,
+    Workload,
+    WrongResult,
+    check,
+    engine_config,
+    floor_ms,
+    latency_table,
+    measure,
+    random_prompts,
+    run,
+    run_latency,
+)
+from headrace.bench.results import write_csv
+from headrace.bench.synth import SIZES, write_synthetic
+from headrace.config import ConfigError, EngineConfig
+from headrace.engine.engine import Engine
+from headrace.models.config import parse_config
+
+WORKLOAD = Workload((1, 3), prompt=20, output=6)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    path = tmp_path_factory.mktemp("synth") / "tiny"
+    write_synthetic(path, SIZES["tiny"], seed=0)
+    config = EngineConfig(model=path, device="cpu", max_model_len=64)
+    return Engine(engine_config(config, WORKLOAD))
+
+
+def test_each_batch_size_gets_a_row(engine: Engine, tmp_path: Path) -> None:
+    measured = list(measure(engine, WORKLOAD))
+    assert [m.batch for m in measured] == [1, 3]
+    assert all(0 < m.tpot.ms < 1e4 and 0 < m.prefill.ms < 1e4 for m in measured)
+    write_csv(tmp_path / "new" / "latency.csv", [m.row() for m in measured])
+    header, first, _ = (tmp_path / "new" / "latency.csv").read_text().splitlines()
+    assert header == "adapters,rank,batch,prompt,tpot_ms,prefill_ms,floor_ms,peer_ms"
+    assert first.startswith("0,0,1,20,")
+    assert first.endswith(",,")  # no floor and no peer for a CPU
+
+
+def test_all_requests_run_to_full_length_at_once(engine: Engine) -> None:
+    prompts = random_prompts(engine.model.config, 3, 20)
+    steps = engine.stats().num_steps
+    _, answers = run(engine, prompts, 7, logprobs=True)
+    assert engine.stats().num_steps - steps <= 7 + 1
+    assert [len(a.token_ids) for a in answers] == [7] * 3
+    assert [len(a.logprobs) for a in answers] == [7] * 3
+
+
+def test_prompts_are_the_same_in_every_batch(engine: Engine) -> None:
+    config = engine.model.config
+    few, many = random_prompts(config, 2, 50), random_prompts(config, 5, 50)
+    assert many[:2] == few
+    assert len({tuple(p) for p in many}) == 5
+    assert not {i for p in many for i in p} & set(config.eos_token_id)
+
+
+def test_other_tokens_than_before_are_an_error(engine: Engine) -> None:
+    prompts = random_prompts(engine.model.config, 2, 20)
+    right = check(engine, prompts, 7, [])
+    check(engine, prompts, 7, right[:1])
+    wrong = [*right[0].token_ids[:4], right[0].token_ids[4] + 1, *right[0].token_ids[5:]]
+    with pytest.raises(WrongResult, match="batch 2, request 0: token 4 is"):
+        check(engine, prompts, 7, [Answer(wrong, [])])
+
+
+def test_the_same_tokens_for_other_prompts_are_an_error(engine: Engine) -> None:
+    prompt = random_prompts(engine.model.config, 1, 20)
+    with pytest.raises(WrongResult, match="the same tokens for all"):
+        check(engine, prompt * 2, 7, [])
+
+
+def test_logprobs_that_are_not_finite_are_an_error(engine: Engine) -> None:
+    norm = engine.model.weights.norm
+    kept = norm.clone()
+    norm.fill_(math.nan)
+    with pytest.raises(WrongResult, match="batch 1, request 0: log-probabilities"):
+        check(engine, random_prompts(engine.model.config, 1, 20), 3, [])
+    norm.copy_(kept)
+
+
+def test_a_prompt_that_does_not_fit(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="64"):
+        list(measure(engine, Workload((1,), prompt=70, output=6)))
+
+
+@pytest.mark.parametrize("sizes", [((), 1, 1), ((0,), 1, 1), ((1,), 0, 1), ((1,), 1, 0)])
+def test_sizes_below_one(sizes: tuple[tuple[int, ...], int, int]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        Workload(*sizes)
+
+
+def test_batches_on_the_command_line() -> None:
+    assert Workload.parse("1,2, 16", 5, 6) == Workload((1, 2, 16), 5, 6)
+    with pytest.raises(ConfigError, match="--batch is 1;2"):
+        Workload.parse("1;2", 5, 6)
+
+
+def test_the_command_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(__file__).parents[2] / "src/headrace/data/tiny"
+    config = EngineConfig(model=model, device="cpu", max_model_len=64)
+    assert run_latency(config, Workload((1, 2), 10, 4), tmp_path / "latency.csv") == 0
+    assert "cpu: 10 tokens in, 4 out" in capsys.readouterr().out
+    assert len((tmp_path / "latency.csv").read_text().splitlines()) == 3
+
+
+def test_the_table_has_floors_shares_and_ratios() -> None:
+    config = parse_config(SIZES["20b"])
+    floor = floor_ms(config, Step(1, 1, 576), GPUS[0])
+    assert floor == pytest.approx(1.25, rel=0.01)
+    assert floor_ms(config, Step(1, 1, 576), None) is None
+    tpot, prefill = Figure(2.0, 1.25, 3.2), Figure(10.0, None, None)
+    latency = Latency(1, 512, tpot, prefill)
+    assert tpot.cells() == ["2.00", "1.25", "62%", "3.20", "0.62"]
+    assert latency.row() == LatencyRow(0, 0, 1, 512, 2.0, 10.0, 1.25, 3.2)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(latency_table([latency], "latency"))
+    line = next(line for line in console.export_text().splitlines() if "0.62" in line)
+    assert line.replace("│", " ").split() == [
+        "1",
+        "2.00",
+        "1.25",
+        "62%",
+        "3.20",
+        "0.62",
+        "500",
+        "10.00",
+    ]
