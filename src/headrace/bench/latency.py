@@ -138,7 +138,7 @@ def run_latency(config: EngineConfig, workload: Workload, csv: Path | None) -> i
             console.print(f"wrong result: {error}", style="bold red", markup=False)
             status = 1
     title = f"{device_name(engine)}: {workload.prompt} tokens in, {workload.output} out"
-    console.print(latency_table(measured, title))
+    console.print(tpot_table(measured, title), prefill_table(measured, title))
     if csv and measured:
         write_csv(csv, [latency.row() for latency in measured])
     return status
@@ -252,13 +252,25 @@ def floor_ms(config: GptOssConfig, step: Step, gpu: Gpu | None) -> float | None:
     return None if gpu is None else 1000 * total(step_work(config, step)).floor_s(gpu)
 
 
-def latency_table(measured: Sequence[Latency], title: str) -> Table:
-    """TPOT and prefill beside their floors and the peer's, and the batch's tokens per second."""
-    table = Table(title=title)
-    parts = ("floor", "share", "peer", "of peer")
-    for column in ("batch", "TPOT ms", *parts, "tokens/s", "prefill ms", *parts):
-        table.add_column(column, justify="right")
+def tpot_table(measured: Sequence[Latency], title: str) -> Table:
+    """TPOT beside its floor and the peer's, and the tokens per second of the whole batch."""
+    table = _table(f"{title}: one token", "tokens/s")
     for m in measured:
-        speed = f"{1000 * m.batch / m.tpot.ms:,.0f}"
-        table.add_row(str(m.batch), *m.tpot.cells(), speed, *m.prefill.cells())
+        table.add_row(str(m.batch), *m.tpot.cells(), f"{1000 * m.batch / m.tpot.ms:,.0f}")
+    return table
+
+
+def prefill_table(measured: Sequence[Latency], title: str) -> Table:
+    """The same for the prefill of the whole batch."""
+    table = _table(f"{title}: prefill", "prompt tokens/s")
+    for m in measured:
+        speed = f"{1000 * m.batch * m.prompt / m.prefill.ms:,.0f}"
+        table.add_row(str(m.batch), *m.prefill.cells(), speed)
+    return table
+
+
+def _table(title: str, speed: str) -> Table:
+    table = Table(title=title)
+    for column in ("batch", "ms", "floor ms", "share", "peer ms", "of peer", speed):
+        table.add_column(column, justify="right")
     return table
