@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 
 class ListOptions(TyperCommand):
-    """A command, without arguments of its own, whose repeatable options also take lists."""
+    """A command whose repeatable options also take lists; its arguments come before them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Write `--name a b` as `--name a --name b`, which click knows, before it parses."""

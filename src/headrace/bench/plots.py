@@ -73,13 +73,14 @@ def plot_throughput(timelines: Sequence[Timeline]) -> Figure:
 
 
 def plot_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
+    curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
 ) -> Figure:
     """Draw named curves (x, y) on logarithmic axes; names in brackets are dashed."""
     made, axes = figure(6, 4)
     axis = axes[0][0]
-    for name, (x, y) in curves.items():
-        axis.plot(x, y, "--" if name.startswith("(") else "-", marker="o", markersize=3, label=name)
+    for name, points in curves.items():
+        style = "--" if name.startswith("(") else "-"
+        axis.plot(*np.transpose(points), style, marker="o", markersize=3, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

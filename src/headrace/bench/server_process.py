@@ -1,0 +1,73 @@
+"""A server of our own, started for a measurement and stopped after it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from headrace.config import ConfigError
+
+START = "from headrace.cli import main; main()"
+POLL = 0.1  # seconds between looks at /health
+STOP_TIMEOUT = 60  # seconds to drain and leave, after which it is killed
+LOG_LINES = 15  # shown of a server that did not start
+
+
+@contextlib.contextmanager
+def running_server(model: Path, flags: Sequence[str], start_timeout: float) -> Iterator[str]:
+    """Run `headrace serve MODEL` on a free port; yields its URL once it is healthy.
+
+    Raises ConfigError with the end of its log if it ends first, or takes over start_timeout
+    seconds.
+    """
+    port = free_port()
+    command = [sys.executable, "-c", START, "serve", str(model), "--port", str(port), *flags]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + start_timeout
+            while not is_healthy(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    tail = "".join(log.readlines()[-LOG_LINES:])
+                    raise ConfigError(f"the server did not start:\n{tail}")
+                time.sleep(POLL)
+            yield url
+        finally:
+            stop(process)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_healthy(url: str) -> bool:
+    """Whether the server takes requests."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to drain and leave; kill it if it doesn't."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
