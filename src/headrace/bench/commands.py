@@ -69,7 +69,7 @@ def latency(
 @app.command(cls=ListOptions)
 def sweep(
     model: Annotated[
-        Path, typer.Option(help="checkpoint directory", show_default="bundled")
+        Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
     ] = BUNDLED_MODEL,
     users: Annotated[str, typer.Option(help="how many ask at once")] = "1,2,4,8,16,32,64,128",
     input_len: Annotated[int, typer.Option(help="tokens of a prompt", min=1)] = 512,
@@ -91,3 +91,33 @@ def sweep(
     sizes = (input_len, output_len, prompts_per_user)
     plan = Sweep(model, parse_users(users), *sizes, loras, serve_args, start_timeout)
     raise typer.Exit(run_sweep(plan, out))
+
+
+@app.command(cls=ListOptions)
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="only these", show_default="all")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="tokens", show_default="1 2 4 ... 8192", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write CSV files and plots to")
+    ] = None,
+) -> None:
+    """Time every op on this GPU, against its floor and what peers need for it."""
+    from headrace.bench.kernels import SIZES, run_kernels
+
+    raise typer.Exit(run_kernels(Console(), op or (), size or SIZES, out))
+
+
+@app.command(cls=ListOptions)
+def tune(
+    out: Annotated[Path, typer.Option(help="directory to write tune.csv to")],
+    size: Annotated[
+        list[int] | None, typer.Option(help="tokens", show_default="1 2 4 ... 8192", min=1)
+    ] = None,
+) -> None:
+    """Time the expert matmuls with every tile worth a try, for headrace.ops.tiles."""
+    from headrace.bench.kernels import SIZES
+    from headrace.bench.tune import run_tune
+
+    run_tune(Console(), size or SIZES, out)

@@ -86,6 +86,7 @@ def plot_curves(
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3, which="both")
     if curves:
         axis.legend(fontsize="small")

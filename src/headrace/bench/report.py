@@ -26,8 +26,7 @@ NOTES = """
 <p>Definitions: those of <code>vllm bench serve</code>. Prompts are random tokens, generation goes
 on to the full length, greedy, without prefix caching; users ask again as soon as they are
 answered. Floor: what one decode step must read or compute, by the speeds measured on this GPU,
-for as many users, halfway through the output (with adapters: that of the base). Ratios of
-TPOT under 1 mean that ours is faster.</p>
+for as many users, halfway through the output. TPOT / peer under 1 means that ours is faster.</p>
 """
 
 
@@ -74,8 +73,8 @@ class Report:
     rows: Sequence[SweepRow]
 
     def floor_ms(self, row: SweepRow) -> float | None:
-        """Least TPOT: a decode step of all users, halfway through the output."""
-        if self.gpu is None:
+        """Least TPOT of the base: a decode step of all users, halfway through the output."""
+        if self.gpu is None or row.adapters:
             return None
         step = Step(row.users, 1, row.input_len + row.output_len / 2)
         return 1000 * total(step_work(self.config, step)).floor_s(self.gpu)
