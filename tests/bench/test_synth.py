@@ -98,9 +98,9 @@ def test_logits_are_finite_and_routing_spreads(tiny: Path) -> None:
     logits = logits_of(model, ids.tolist())
     assert logits.isfinite().all()
     assert logits.argmax(-1).unique().numel() > 200
-    layer = model.weights.layers[0]
+    moe = model.weights.layers[0].moe
     x = model.weights.embedding[ids]
-    chosen, _ = route(x, layer.router, layer.router_bias, TINY["num_experts_per_tok"])
+    chosen, _ = route(x, moe.router, moe.router_bias, TINY["num_experts_per_tok"])
     counts = chosen.flatten().bincount(minlength=8)
     assert counts.min() > 256 * 4 / 8 / 4
 

@@ -16,7 +16,7 @@ from headrace.cli import BUNDLED_MODEL
 from headrace.config import EngineConfig, ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, SamplingParams
-from headrace.models import gpt_oss
+from headrace.ops import moe as moe_layers
 from headrace.server.harmony import HarmonyParser
 from headrace.server.model_info import load_model_info
 from headrace.server.tokenizer import load_tokenizer
@@ -90,14 +90,14 @@ def test_every_expert_of_every_layer_is_used(
 ) -> None:
     config = engine.model.config
     used: list[set[int]] = []
-    route = gpt_oss.route
+    route = moe_layers.route
 
     def record(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         ids, weights = route(*args)
         used.append(set(ids.flatten().tolist()))
         return ids, weights
 
-    monkeypatch.setattr(gpt_oss, "route", record)
+    monkeypatch.setattr(moe_layers, "route", record)
     ask(engine, [q for s in ("add", "copy", "recall", "spell") for q in questions(s, 2)])
     num_layers = engine.model.kv_layout.num_layers
     for layer in range(num_layers):

@@ -68,7 +68,9 @@ def test_packed_experts_are_known_by_their_names(
 
 def test_packed_experts_stay_packed_in_bfloat16(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path, seed=0)
-    experts = [load_model(path, dtype=d).weights.layers[0].experts for d in ("bfloat16", "float32")]
+    experts = [
+        load_model(path, dtype=d).weights.layers[0].moe.experts for d in ("bfloat16", "float32")
+    ]
     assert isinstance(experts[0].gate_up, MXFP4Weight)
     assert isinstance(experts[1].gate_up, Tensor)
     assert torch.equal(experts[0].gate_up.dequantize(torch.float32), experts[1].gate_up)

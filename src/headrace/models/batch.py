@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from headrace.ops.attention_plan import AttentionPlan
+
 
 @dataclass(frozen=True)
 class KVGroup:
@@ -19,6 +21,7 @@ class KVGroup:
     block_table: Tensor  # [num_seqs, max_blocks] int32: page of block i of the sequence, or -1
     slots: Tensor  # [num_tokens] int64: page * block_size + offset, where this token's k, v go
     window: int  # tokens a query sees including itself; 0 means all
+    plan: AttentionPlan | None = None  # who computes what of the attention; the CPU needs none
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headrace.models.batch import Batch, KVGroup, KVLayout
+from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig
+from headrace.ops.arena import Arena, ArenaSize, Take
 from headrace.ops.attention import paged_attention
-from headrace.ops.experts import Experts, moe
-from headrace.ops.kv_write import write_kv
+from headrace.ops.embedding import embed
 from headrace.ops.linear import linear
-from headrace.ops.norm import add_rms_norm, rms_norm
+from headrace.ops.moe import MoEBuffers, MoEWeights, moe_buffers, moe_layer
+from headrace.ops.norm import rms_norm
 from headrace.ops.rope import (
-    apply_rope,
+    rope_and_cache,
     rope_cos_sin,
     rope_inv_freq,
     yarn_attention_factor,
     yarn_inv_freq,
 )
-from headrace.ops.routing import route
+from headrace.ops.routing import routing_counters
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,7 @@ class LayerWeights:
     output: Tensor  # [hidden, num_heads * head_dim]
     output_bias: Tensor | None
     sinks: Tensor  # [num_heads]
-    moe_norm: Tensor  # [hidden]
-    router: Tensor  # [num_experts, hidden]
-    router_bias: Tensor  # [num_experts]
-    experts: Experts
+    moe: MoEWeights
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,22 @@ class GptOssWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
     lm_head: Tensor  # [vocab_size, hidden]
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What a step writes on its way; the layers share it."""
+
+    hidden: Tensor  # [num_tokens, hidden]: the residual stream
+    normed: Tensor  # [num_tokens, hidden]
+    cos: Tensor  # [num_tokens, 1, head_dim / 2] float32
+    sin: Tensor
+    qkv: Tensor  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    q: Tensor  # [num_tokens, num_heads, head_dim]
+    attended: Tensor  # [num_tokens, num_heads, head_dim]
+    moe: MoEBuffers | None  # on the GPU
+    outputs: Tensor  # [num_outputs, hidden]
+    logits: Tensor  # [num_outputs, vocab_size] float32
 
 
 class GptOss:
@@ -61,43 +76,62 @@ class GptOss:
         self.kv_layout = _kv_layout(config)
         inv_freq, self._attention_factor = _rope(config)
         self._inv_freq = inv_freq.to(self.device)
+        self._arena: Arena | None = None
+        self._counters = routing_counters(0, self.device)
+
+    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> int:
+        """Take the memory of the largest step, in bytes; steps don't allocate from now on."""
+        self._counters = routing_counters(max_num_tokens, self.device)
+        num_bytes = 0
+        # fewer tokens may take more in places: other tiles
+        for shift in range(max_num_tokens.bit_length()):
+            size = ArenaSize()
+            self._buffers(size.take, max_num_tokens >> shift, max_num_outputs)
+            num_bytes = max(num_bytes, size.num_bytes)
+        self._arena = Arena(num_bytes, self.device)
+        return num_bytes
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Writes the new keys and values into batch.kv_cache.
 
-        Returns the logits of batch.output_rows, [num_outputs, vocab_size] float32.
+        Returns the logits of batch.output_rows, [num_outputs, vocab_size] float32, which the
+        next step may overwrite.
         """
-        residual = self.weights.embedding[batch.token_ids]
-        rope = rope_cos_sin(batch.positions, self._inv_freq, self._attention_factor)
-        groups = [batch.groups[g] for g in self.kv_layout.group_of_layer]
-        eps = self.config.rms_norm_eps
-        x = torch.zeros_like(residual)
-        for layer, group, cache in zip(self.weights.layers, groups, batch.kv_cache, strict=True):
-            x, residual = add_rms_norm(x, residual, layer.attention_norm, eps)
-            x = self._attention(layer, x, rope, batch, group, cache)
-            x, residual = add_rms_norm(x, residual, layer.moe_norm, eps)
-            x = self._moe(layer, x)
-        x = (residual + x)[batch.output_rows]
-        x = rms_norm(x, self.weights.norm, eps)
-        return linear(x, self.weights.lm_head).float()
+        buffers = self._step_buffers(len(batch.token_ids), len(batch.output_rows))
+        h = embed(batch.token_ids, self.weights.embedding, batch.sampled, out=buffers.hidden)
+        rope = buffers.cos, buffers.sin
+        rope_cos_sin(batch.positions, self._inv_freq, self._attention_factor, out=rope)
+        for i, layer in enumerate(self.weights.layers):
+            self._attention(i, layer, h, batch, buffers)
+            moe_layer(h, layer.moe, buffers.moe, out=h)
+        x = torch.index_select(h, 0, batch.output_rows, out=buffers.outputs)
+        rms_norm(x, self.weights.norm, self.config.rms_norm_eps, out=x)
+        return linear(x, self.weights.lm_head, out=buffers.logits)
 
     def _attention(
         self,
+        i: int,
         layer: LayerWeights,
-        x: Tensor,  # [num_tokens, hidden]
-        rope: tuple[Tensor, Tensor],
+        h: Tensor,  # [num_tokens, hidden], changed in place
         batch: Batch,
-        group: KVGroup,
-        kv_cache: Tensor,
-    ) -> Tensor:
-        num_heads, num_kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        head_dim = self.config.head_dim
-        qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, head_dim)
-        # q and k turn together: their heads lie side by side
-        qk = apply_rope(qkv[:, : num_heads + num_kv_heads], *rope)
-        q, k = qk.split((num_heads, num_kv_heads), dim=1)
-        write_kv(kv_cache, k, qkv[:, num_heads + num_kv_heads :], group.slots)
-        out = paged_attention(
+        buffers: StepBuffers,
+    ) -> None:
+        """h += attention(rms_norm(h)) W_o^T + b_o."""
+        config, kv_cache = self.config, batch.kv_cache[i]
+        group = batch.groups[self.kv_layout.group_of_layer[i]]
+        x = rms_norm(h, layer.attention_norm, config.rms_norm_eps, out=buffers.normed)
+        qkv = linear(x, layer.qkv, layer.qkv_bias, out=buffers.qkv)
+        q = rope_and_cache(
+            qkv,
+            buffers.cos,
+            buffers.sin,
+            kv_cache,
+            group.slots,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            out=buffers.q,
+        )
+        attended = paged_attention(
             q,
             kv_cache,
             group.block_table,
@@ -105,18 +139,43 @@ class GptOss:
             batch.seq_lens,
             layer.sinks,
             group.window,
-            head_dim**-0.5,
+            config.head_dim**-0.5,
+            plan=group.plan,
+            out=buffers.attended,
         )
-        return linear(out.flatten(1), layer.output, layer.output_bias)
+        linear(attended.flatten(1), layer.output, layer.output_bias, residual=h, out=h)
 
-    def _moe(
-        self,
-        layer: LayerWeights,
-        x: Tensor,  # [num_tokens, hidden]
-    ) -> Tensor:
-        top_k = self.config.num_experts_per_tok
-        ids, weights = route(x, layer.router, layer.router_bias, top_k)
-        return moe(x, ids, weights, layer.experts)
+    def _step_buffers(self, num_tokens: int, num_outputs: int) -> StepBuffers:
+        if self._arena is None:
+            return self._buffers(self._allocate, num_tokens, num_outputs)
+        self._arena.reset()
+        return self._buffers(self._arena.take, num_tokens, num_outputs)
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def _buffers(self, take: Take, num_tokens: int, num_outputs: int) -> StepBuffers:
+        config, dtype = self.config, self.dtype
+        num_heads, head_dim = config.num_attention_heads, config.head_dim
+        qkv_heads = num_heads + 2 * config.num_key_value_heads
+        moe = self.weights.layers[0].moe
+        rope = num_tokens, 1, head_dim // 2
+        return StepBuffers(
+            hidden=take((num_tokens, config.hidden_size), dtype),
+            normed=take((num_tokens, config.hidden_size), dtype),
+            cos=take(rope, torch.float32),
+            sin=take(rope, torch.float32),
+            qkv=take((num_tokens, qkv_heads * head_dim), dtype),
+            q=take((num_tokens, num_heads, head_dim), dtype),
+            attended=take((num_tokens, num_heads, head_dim), dtype),
+            moe=moe_buffers(take, num_tokens, moe, self._counters) if self._on_gpu else None,
+            outputs=take((num_outputs, config.hidden_size), dtype),
+            logits=take((num_outputs, config.vocab_size), torch.float32),
+        )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 def _kv_layout(config: GptOssConfig) -> KVLayout:

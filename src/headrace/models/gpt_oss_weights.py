@@ -10,6 +10,7 @@ from headrace.models.config import GptOssConfig
 from headrace.models.gpt_oss import GptOssWeights, LayerWeights
 from headrace.models.weights import Checkpoint
 from headrace.ops.experts import Experts, ExpertWeight
+from headrace.ops.moe import MoEWeights
 from headrace.ops.mxfp4 import BLOCK_SIZE, NAN_SCALE, MXFP4Weight
 
 Shapes = dict[str, tuple[int, ...]]
@@ -112,16 +113,20 @@ def _read_layer(
         output=read("self_attn.o_proj.weight"),
         output_bias=read_bias("o"),
         sinks=read("self_attn.sinks"),
-        moe_norm=read("post_attention_layernorm.weight"),
-        router=read("mlp.router.weight"),
-        router_bias=read("mlp.router.bias"),
-        experts=Experts(
-            gate_up=read_experts("gate_up"),
-            gate_up_bias=read("mlp.experts.gate_up_proj_bias"),
-            down=read_experts("down"),
-            down_bias=read("mlp.experts.down_proj_bias"),
-            alpha=config.swiglu_alpha,
-            limit=config.swiglu_limit,
+        moe=MoEWeights(
+            norm=read("post_attention_layernorm.weight"),
+            eps=config.rms_norm_eps,
+            router=read("mlp.router.weight"),
+            router_bias=read("mlp.router.bias"),
+            experts=Experts(
+                gate_up=read_experts("gate_up"),
+                gate_up_bias=read("mlp.experts.gate_up_proj_bias"),
+                down=read_experts("down"),
+                down_bias=read("mlp.experts.down_proj_bias"),
+                alpha=config.swiglu_alpha,
+                limit=config.swiglu_limit,
+            ),
+            top_k=config.num_experts_per_tok,
         ),
     )
 

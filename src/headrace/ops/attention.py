@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.ops.attention_plan import AttentionPlan
+
 _ROWS_AT_ONCE = 128  # queries scored together: bounds the scores, and the keys a window needs
 
 
@@ -17,6 +19,8 @@ def paged_attention(
     sinks: Tensor,  # [num_heads]: a logit of each head that takes probability but has no value
     window: int,  # tokens a query sees including itself; 0 = all
     scale: float,
+    plan: AttentionPlan | None = None,
+    out: Tensor | None = None,  # [num_tokens, num_heads, head_dim]
 ) -> Tensor:
     """out_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij)) with s_ij = scale q_i . k_j.
 
@@ -25,7 +29,7 @@ def paged_attention(
     the cache already. Pages outside every query's window are not read. Computes in float32.
     Returns [num_tokens, num_heads, head_dim] in q's dtype.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for seq, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
         first_position = length - (end - begin)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from headrace.ops.kv_write import write_kv
+
 
 def rope_inv_freq(head_dim: int, theta: float) -> Tensor:
     """f_i = theta^(-2i / head_dim). Returns [head_dim / 2] float64."""
@@ -51,13 +53,36 @@ def rope_cos_sin(
     positions: Tensor,  # [num_tokens] int64
     inv_freq: Tensor,  # [head_dim / 2] float32
     attention_factor: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * inv_freq, times attention_factor.
 
     Returns two [num_tokens, 1, head_dim / 2] float32, for any number of heads.
     """
     angles = (positions.unsqueeze(-1) * inv_freq).unsqueeze(1)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    cos, sin = (torch.empty_like(angles), torch.empty_like(angles)) if out is None else out
+    torch.cos(angles, out=cos).mul_(attention_factor)
+    torch.sin(angles, out=sin).mul_(attention_factor)
+    return cos, sin
+
+
+def rope_and_cache(
+    qkv: Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: all q, then k, then v
+    cos: Tensor,  # [num_tokens, 1, head_dim / 2] float32
+    sin: Tensor,  # [num_tokens, 1, head_dim / 2] float32
+    kv_cache: Tensor,  # [2 (k, v), num_pages, block_size, num_kv_heads, head_dim], written in place
+    slots: Tensor,  # [num_tokens] int64: page * block_size + offset
+    num_heads: int,
+    num_kv_heads: int,
+    out: Tensor | None = None,  # [num_tokens, num_heads, head_dim]
+) -> Tensor:
+    """Rotate q and k; k and v go to their slots of the cache. Returns the rotated q."""
+    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
+    # q and k turn together: their heads lie side by side
+    qk = apply_rope(heads[:, : num_heads + num_kv_heads], cos, sin)
+    q, k = qk.split((num_heads, num_kv_heads), dim=1)
+    write_kv(kv_cache, k, heads[:, num_heads + num_kv_heads :], slots)
+    return q if out is None else out.copy_(q)
 
 
 def apply_rope(
