@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from headrace.ops import experts_kernel, mxfp4, routing_kernel
-from headrace.ops.experts_kernel import Activation, DenseWeight, grouped_matmul
+from headrace.ops.experts import Activation
+from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
 from headrace.ops.tiles import MoETiles, Problem, Tile, choose
 
@@ -39,8 +40,11 @@ class Weights:
     def kernel_weights(self):
         return prepare(*self.gate_up, self.order), prepare(*self.down)
 
-    def reference(self, x, ids, weights):
-        """[num_tokens, hidden] float64; ids outside [0, num_experts) add nothing."""
+    def reference(self, x, ids, weights, low_rank=None):
+        """[num_tokens, hidden] float64; ids outside [0, num_experts) add nothing.
+
+        low_rank(matmul, x, token, expert) is added to the first (0) and the second (1) matmul.
+        """
         out = torch.zeros(len(x), self.hidden, dtype=torch.float64, device=x.device)
         for expert in range(self.num_experts):
             token, k = (ids == expert).nonzero(as_tuple=True)
@@ -51,6 +55,8 @@ class Weights:
                 for b, s in (self.gate_up, self.down)
             )
             both = x[token].double() @ gate_up.T + self.gate_up_bias[expert].double()
+            if low_rank:
+                both += low_rank(0, x[token], token, expert)
             if self.order == RowOrder.INTERLEAVED:
                 gate, up = both[:, 0::2], both[:, 1::2]
             else:
@@ -58,12 +64,16 @@ class Weights:
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
             h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
             y = h @ down.T + self.down_bias[expert].double()
+            if low_rank:
+                y += low_rank(1, h, token, expert)
             out.index_add_(0, token, y * weights[token, k].double()[:, None])
         return out
 
 
-def run_layer(x, ids, weights, kernel_weights, biases, tiles, num_experts, residual=None):
-    """The two matmuls and the sum, from given ids."""
+def run_layer(
+    x, ids, weights, kernel_weights, biases, tiles, num_experts, residual=None, shrink=None
+):
+    """The two matmuls and the sum, from given ids; shrink(matmul, x, slots) makes a LowRank."""
     gate_up, down = kernel_weights
     num_tokens, top_k = ids.shape
     local = range(num_experts)
@@ -76,11 +86,12 @@ def run_layer(x, ids, weights, kernel_weights, biases, tiles, num_experts, resid
     out = torch.full_like(x, float("nan"))
     experts_kernel.grouped_matmul(
         x, gate_up, biases[0], slots, tiles.gate_up, h, top_k, True,
-        activation=Activation.SWIGLU_OAI,
+        activation=Activation.SWIGLU_OAI, low_rank=shrink and shrink(0, x, slots),
     )  # fmt: skip
     experts_kernel.grouped_matmul(
-        h, down, biases[1], slots, tiles.down, y, top_k, False, slot_weights=weights.view(-1)
-    )
+        h, down, biases[1], slots, tiles.down, y, top_k, False, slot_weights=weights.view(-1),
+        low_rank=shrink and shrink(1, h, slots),
+    )  # fmt: skip
     return experts_kernel.weighted_sum(y, ids, local, residual, out)
 
 

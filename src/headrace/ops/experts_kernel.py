@@ -8,24 +8,17 @@ same bits in every batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.ops.experts import Activation
+from headrace.ops.lora_kernel import LowRank, add_low_rank, adapters_of_rows, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
-from headrace.ops.routing_kernel import SortedSlots
+from headrace.ops.routing import SortedSlots
 from headrace.ops.tiles import Tile
-
-
-class Activation(IntEnum):
-    """What the first matmul does to its gate and up rows."""
-
-    NONE = 0  # keep both, in the order of the tiles' rows restored to the checkpoint's
-    SWIGLU_OAI = 1  # g sigmoid(alpha g) (u + 1), g and u clamped to limit
-    SILU_AND_MUL = 2  # g sigmoid(g) u
 
 
 @dataclass(frozen=True)
@@ -85,6 +78,14 @@ def grouped_matmul_kernel(
     slots_ptr,  # [num_slots] int32: slot (token * TOP_K + k) of each sorted row
     blocks_ptr,  # [num_blocks, 4] int32: expert (-1: none), first row, end row
     slot_weights_ptr,  # [num_slots] float32
+    slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token
+    parts_ptr,  # [SPLIT_K, 1, num_slots, max_rank] float32
+    memory_ptr,
+    b_ptr,  # [1, adapters] int64, and so the next two
+    rank_ptr,
+    scale_ptr,
+    part_stride,
+    max_rank,
     num_blocks,
     out_features,
     in_features,
@@ -103,8 +104,14 @@ def grouped_matmul_kernel(
     BLOCK_N: tl.constexpr,  # rows of the weight
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # blocks of rows that share a weight tile while it is in L2
+    LORA: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # of the low-rank parts
+    BLOCK_R: tl.constexpr,
 ):
-    """out[row, n] = f(sum_k w[n, k] x[row, k] + bias[n]): one block of rows, BLOCK_N of n."""
+    """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
+
+    One block of rows, BLOCK_N of n.
+    """
     TILES_PER_N: tl.constexpr = BLOCK_N // 64
     UNITS_K: tl.constexpr = BLOCK_K // 64
     tiles_n = tl.cdiv(out_features, 64)
@@ -122,6 +129,8 @@ def grouped_matmul_kernel(
     row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
     slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
     source = slot // TOP_K if GATHER else row
+    if LORA:
+        adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + offs_k[:, None]
 
@@ -169,6 +178,12 @@ def grouped_matmul_kernel(
             w_ptrs += BLOCK_K
             x_ptrs += BLOCK_K
 
+    if LORA:
+        column = _rows_of_tile(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), out_features, ROW_ORDER)
+        acc = add_low_rank(
+            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank,
+            memory_ptr, b_ptr, rank_ptr, scale_ptr, out_features, SPLIT_K, BLOCK_R,
+        )  # fmt: skip
     bias_ptr += expert * out_features
     out_row = slot if SCATTER else row
     out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
@@ -235,12 +250,17 @@ def grouped_matmul(
     activation: Activation = Activation.NONE,
     alpha: float = 1.702,
     limit: float = 7.0,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """out[row] = activation(W_e x[row] + b_e), times slot_weights if given.
+    """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
+
+    delta is what `low_rank` adds, from `shrink_experts` of the same x and slots.
 
     With gather, x has a row per token; otherwise a row per sorted slot, as a first call wrote it.
     """
     _check(x, weight, bias, out, slots, activation)
+    if low_rank is not None:
+        _check_low_rank(low_rank, weight, len(slots.slots))
     if out.shape[0] == 0:
         return out
     if isinstance(weight, PreparedMXFP4):
@@ -258,6 +278,7 @@ def grouped_matmul(
         slots.slots,
         slots.blocks,
         bias if slot_weights is None else slot_weights,
+        *_low_rank_arguments(low_rank),
         num_blocks,
         weight.out_features,
         weight.in_features,
@@ -276,6 +297,9 @@ def grouped_matmul(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        LORA=low_rank is not None,
+        SPLIT_K=1 if low_rank is None else len(low_rank.parts),
+        BLOCK_R=16 if low_rank is None else rank_tile(low_rank.parts.shape[3]),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -335,3 +359,24 @@ def _check(
         )
     if activation != Activation.NONE and weight.row_order == RowOrder.PLAIN:
         raise ValueError("activation needs a weight prepared with a row_order that pairs its rows")
+
+
+def _low_rank_arguments(low_rank: LowRank | None) -> tuple[Tensor | int | None, ...]:
+    if low_rank is None:
+        return (None,) * 8
+    site, parts = low_rank.site, low_rank.parts
+    return (
+        low_rank.slot_of_token, parts, low_rank.memory, site.b, site.rank, site.scale,
+        parts.stride(0), parts.shape[3],
+    )  # fmt: skip
+
+
+def _check_low_rank(low_rank: LowRank, weight: KernelWeight, num_slots: int) -> None:
+    site, parts = low_rank.site, low_rank.parts
+    found = (site.in_features, site.widths, site.num_experts, parts.shape[2])
+    wanted = (weight.in_features, (weight.out_features,), weight.num_experts, num_slots)
+    if found != wanted:
+        raise ValueError(
+            f"low_rank has (in_features, widths, num_experts, rows) {found}; the weight and the "
+            f"slots need {wanted}"
+        )

@@ -1,0 +1,397 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Low-rank adapters on the GPU: x A^T in one launch, its product with B in the next.
+
+The first is `shrink`, for dense layers and for experts. The second is, for experts, the last step
+of the base matmul (`grouped_matmul` with a `LowRank`, by `add_low_rank` here), and for dense
+layers `expand`. A program finds the adapters of its rows itself and takes each at its own rank,
+so that the grid, and with it a captured CUDA graph, does not depend on who is in the batch.
+
+One instruction kind and one order over K and over the rank, whatever the batch: rows of other
+adapters count as zeros in a product, which leaves a sum as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.ops.arena import Take
+from headrace.ops.lora import LoraRows, LoraSite
+from headrace.ops.routing import SortedSlots, max_blocks
+
+SPLIT_K = 4  # parts of K that separate programs sum; the expand adds them in order
+DENSE_BLOCK_M = 64  # rows of a block, whatever their number
+DENSE_BLOCK_N = 64
+_NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What adapters add beside a base matmul: scale (x A^T), still in parts, and where B is."""
+
+    site: LoraSite
+    memory: Tensor  # LoraWeights.memory
+    slot_of_token: Tensor  # [num_tokens] int32, -1: none
+    parts: Tensor  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+
+
+def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
+    """The buffer `shrink` writes: num_rows tokens, or (token, expert) pairs."""
+    return take((SPLIT_K, num_segments, num_rows, max_rank), torch.float32)
+
+
+@triton.jit
+def _block_of_experts(blocks_ptr, block):
+    """(expert, first row, end row) of a block that the sort by expert has cut."""
+    expert = tl.load(blocks_ptr + block * 4)
+    return expert, tl.load(blocks_ptr + block * 4 + 1), tl.load(blocks_ptr + block * 4 + 2)
+
+
+@triton.jit
+def _block_of_adapters(starts_ptr, block, num_slots, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The same for rows sorted by adapter and cut here; expert -1: no block so high."""
+    i = tl.arange(0, SLOTS)
+    first = tl.load(starts_ptr + i, mask=i < num_slots, other=0)
+    end = tl.load(starts_ptr + i + 1, mask=i < num_slots, other=0)
+    end_block = tl.cumsum((end - first + BLOCK_M - 1) // BLOCK_M, 0)
+    mine = tl.sum((end_block <= block).to(tl.int32), 0)
+    is_mine = i == mine
+    first_block = end_block - (end - first + BLOCK_M - 1) // BLOCK_M
+    row = tl.sum(tl.where(is_mine, first + (block - first_block) * BLOCK_M, 0), 0)
+    return tl.where(mine < num_slots, 0, -1), row, tl.sum(tl.where(is_mine, end, 0), 0)
+
+
+@triton.jit
+def adapters_of_rows(slot_of_token_ptr, token, mask):
+    """Slot of each row's adapter, or _NO_ADAPTER."""
+    slot = tl.load(slot_of_token_ptr + token, mask=mask, other=-1)
+    return tl.where(slot < 0, _NO_ADAPTER, slot)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
+def shrink_kernel(
+    x_ptr,  # [rows, in_features]
+    memory_ptr,
+    a_ptr,  # [num_segments, num_slots] int64
+    rank_ptr,  # [num_segments, num_slots] int32
+    parts_ptr,  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+    order_ptr,  # [num_rows] int32: sorted rows
+    work_ptr,  # blocks of experts, or starts of adapters
+    slot_of_token_ptr,
+    num_rows,
+    num_slots,
+    in_features,
+    max_rank,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
+    EXPERTS: tl.constexpr,  # work_ptr holds blocks of experts
+    SLOTS: tl.constexpr,  # num_slots, rounded up
+    RANK_TILES: tl.constexpr,
+    SLICE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TALL_M: tl.constexpr,  # rows of a product: BLOCK_M, at least the 64 of one instruction
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """parts[s, segment, row, r] = sum_k x[row, k] A[r, k] over the k of slice s."""
+    block = tl.program_id(0)
+    segment = tl.program_id(1) // RANK_TILES
+    rank_tile = tl.program_id(1) % RANK_TILES
+    part = tl.program_id(2)
+    if EXPERTS:
+        expert, first, end = _block_of_experts(work_ptr, block)
+    else:
+        expert, first, end = _block_of_adapters(work_ptr, block, num_slots, SLOTS, BLOCK_M)
+    if expert < 0:
+        return
+    place = tl.arange(0, TALL_M)
+    row = first + place
+    row_mask = (row < end) & (place < BLOCK_M)
+    pair = tl.load(order_ptr + row, mask=row_mask, other=0)
+    adapter = adapters_of_rows(slot_of_token_ptr, pair // TOP_K, row_mask)
+    source = pair // TOP_K if GATHER else row
+    x_ptrs = x_ptr + source[:, None].to(tl.int64) * in_features
+    r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin_k = part * SLICE_K
+    end_k = tl.minimum(begin_k + SLICE_K, in_features)
+    acc = tl.zeros([TALL_M, BLOCK_R], tl.float32)
+    current = tl.min(adapter, 0)
+    while current < _NO_ADAPTER:
+        rank = tl.load(rank_ptr + segment * num_slots + current)
+        if rank_tile * BLOCK_R < rank:
+            start = tl.multiple_of(tl.load(a_ptr + segment * num_slots + current), 128)
+            start += expert.to(tl.int64) * rank * in_features
+            a_ptrs = memory_ptr + start + r[None, :] * in_features
+            mine = (adapter == current)[:, None]
+            in_rank = (r < rank)[None, :]
+            for step in range(begin_k, end_k, BLOCK_K):
+                k = step + tl.arange(0, BLOCK_K)
+                in_k = k < end_k
+                x = tl.load(x_ptrs + k[None, :], mask=mine & in_k[None, :], other=0.0)
+                a = tl.load(a_ptrs + k[:, None], mask=in_rank & in_k[:, None], other=0.0)
+                acc = tl.dot(x, a, acc, input_precision="ieee")
+        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
+        current = tl.min(adapter, 0)
+    num_segments = tl.num_programs(1) // RANK_TILES
+    out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
+    out_ptrs = parts_ptr + out_row[:, None] * max_rank + r[None, :]
+    tl.store(out_ptrs, acc, mask=row_mask[:, None] & (r < max_rank)[None, :])
+
+
+@triton.jit
+def add_low_rank(
+    acc,  # [BLOCK_N, BLOCK_M] float32
+    adapter,  # [BLOCK_M], from adapters_of_rows
+    pair,  # [BLOCK_M]: rows of parts
+    column,  # [BLOCK_N]: columns of B
+    expert,
+    parts_ptr,  # of the segment
+    part_stride,
+    max_rank,
+    memory_ptr,
+    b_ptr,  # [num_slots] of the segment
+    rank_ptr,
+    scale_ptr,
+    width,
+    SPLIT_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """acc[n, row] += sum_r B[r, n] u[row, r], with u = scale * (sum of parts) rounded to B's dtype.
+
+    Adapter after adapter of the rows; the rows of the others count as zeros.
+    """
+    parts_ptrs = parts_ptr + pair[None, :].to(tl.int64) * max_rank
+    current = tl.min(adapter, 0)
+    while current < _NO_ADAPTER:
+        rank = tl.load(rank_ptr + current)
+        scale = tl.load(scale_ptr + current)
+        start = tl.multiple_of(tl.load(b_ptr + current), 128)
+        b_ptrs = memory_ptr + start + expert.to(tl.int64) * rank * width + column[None, :]
+        mine = (adapter == current)[None, :]
+        for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+            r = first_r + tl.arange(0, BLOCK_R)[:, None]
+            b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
+            mask = mine & (r < rank)
+            u = tl.load(parts_ptrs + r, mask=mask, other=0.0)
+            for part in tl.static_range(1, SPLIT_K):
+                u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
+            u = (u * scale).to(b.dtype)
+            acc = tl.dot(tl.trans(b), u, acc, input_precision="ieee")
+        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
+        current = tl.min(adapter, 0)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])
+def expand_kernel(
+    y_ptr,  # [num_rows, sum of WIDTHS]
+    memory_ptr,
+    b_ptr,  # [num_segments, num_slots] int64
+    rank_ptr,  # [num_segments, num_slots] int32
+    scale_ptr,  # [num_segments, num_slots] float32
+    parts_ptr,  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+    order_ptr,  # [num_rows] int32: rows sorted by adapter
+    starts_ptr,  # [num_slots + 1] int32
+    slot_of_row_ptr,
+    num_rows,
+    num_slots,
+    max_rank,
+    y_stride,
+    WIDTHS: tl.constexpr,  # of the segments
+    ALIGN: tl.constexpr,  # divides all of them
+    SLOTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, BLOCK_N columns of a segment."""
+    segment = tl.program_id(2)
+    begin, width = 0, 0
+    for s in tl.static_range(len(WIDTHS)):
+        begin += tl.where(s < segment, WIDTHS[s], 0)
+        width += tl.where(s == segment, WIDTHS[s], 0)
+    width = tl.multiple_of(width, ALIGN)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(1) * BLOCK_N >= width:
+        return
+    work, first, end = _block_of_adapters(starts_ptr, tl.program_id(0), num_slots, SLOTS, BLOCK_M)
+    if work < 0:
+        return
+    place = tl.arange(0, BLOCK_M)
+    row = tl.load(order_ptr + first + place, mask=first + place < end, other=0)
+    adapter = adapters_of_rows(slot_of_row_ptr, row, first + place < end)
+    tables = segment * num_slots
+    acc = add_low_rank(
+        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, work,
+        parts_ptr + segment.to(tl.int64) * num_rows * max_rank,
+        len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
+        b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, SPLIT_K, BLOCK_R,
+    )  # fmt: skip
+    y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
+    mask = (first + place < end)[None, :] & (column < width)[:, None]
+    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def embedding_shrink_kernel(
+    token_ids_ptr,  # [num_rows] int64
+    memory_ptr,
+    a_ptr,  # [1, num_slots] int64
+    rank_ptr,  # [1, num_slots] int32
+    parts_ptr,  # [1, 1, num_rows, max_rank] float32
+    slot_of_row_ptr,
+    num_rows,
+    vocab_size,
+    max_rank,
+    BLOCK_R: tl.constexpr,
+):
+    """parts[row, r] = A[r, token of row]."""
+    row = tl.program_id(0)
+    slot = tl.load(slot_of_row_ptr + row)
+    if slot < 0:
+        return
+    rank = tl.load(rank_ptr + slot)
+    start = tl.load(a_ptr + slot) + tl.load(token_ids_ptr + row)
+    for first_r in range(0, rank, BLOCK_R):
+        r = first_r + tl.arange(0, BLOCK_R)
+        a = tl.load(memory_ptr + start + r.to(tl.int64) * vocab_size, mask=r < rank)
+        tl.store(parts_ptr + row.to(tl.int64) * max_rank + r, a.to(tl.float32), mask=r < rank)
+
+
+def shrink_experts(
+    x: Tensor,  # [num_tokens or num_pairs, in_features]
+    site: LoraSite,
+    memory: Tensor,
+    slot_of_token: Tensor,  # [num_tokens] int32
+    slots: SortedSlots,
+    block_m: int,  # that the slots were cut with
+    top_k: int,
+    gather: bool,  # x has a row per token; otherwise a row per sorted (token, expert) pair
+    parts: Tensor,  # from low_rank_parts
+) -> LowRank:
+    """The first half of scale (x A_e^T) B_e, for every (token, expert) pair with an adapter."""
+    if len(site.widths) != 1:
+        raise ValueError(f"site has segments of {site.widths}; experts take one")
+    blocks = slots.blocks
+    _shrink(
+        x, site, memory, slot_of_token, slots.slots, blocks, len(blocks), block_m, top_k, gather,
+        True, parts,
+    )  # fmt: skip
+    return LowRank(site, memory, slot_of_token, parts)
+
+
+def add_lora_kernel(
+    y: Tensor,  # [num_rows, sum(widths)], changed in place
+    x: Tensor,  # [num_rows, in_features]
+    site: LoraSite,
+    memory: Tensor,
+    rows: LoraRows,
+    parts: Tensor,  # from low_rank_parts
+) -> Tensor:
+    """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y."""
+    num_blocks = max_blocks(len(x), site.rank.shape[1], DENSE_BLOCK_M)
+    _shrink(
+        x, site, memory, rows.slot_of_row, rows.order, rows.starts, num_blocks, DENSE_BLOCK_M, 1,
+        True, False, parts,
+    )  # fmt: skip
+    return _expand(y, site, memory, rows, parts)
+
+
+def add_lora_embedding_kernel(
+    y: Tensor,  # [num_tokens, hidden], changed in place
+    token_ids: Tensor,  # [num_tokens] int64
+    site: LoraSite,
+    memory: Tensor,
+    rows: LoraRows,
+    parts: Tensor,  # from low_rank_parts
+) -> Tensor:
+    """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
+    parts = parts[:1]
+    if len(token_ids):
+        embedding_shrink_kernel[(len(token_ids),)](
+            token_ids, memory, site.a, site.rank, parts, rows.slot_of_row, len(token_ids),
+            site.in_features, parts.shape[3], BLOCK_R=64, num_warps=2,
+        )  # fmt: skip
+    return _expand(y, site, memory, rows, parts)
+
+
+def _shrink(
+    x: Tensor,
+    site: LoraSite,
+    memory: Tensor,
+    slot_of_token: Tensor,
+    order: Tensor,
+    work: Tensor,
+    num_blocks: int,
+    block_m: int,
+    top_k: int,
+    gather: bool,
+    experts: bool,
+    parts: Tensor,
+) -> None:
+    _check(x, site, memory, len(order), parts)
+    if num_blocks == 0:
+        return
+    split, num_segments, num_rows, max_rank = parts.shape
+    num_slots = site.rank.shape[1]
+    # few rows: narrow tiles, so that more programs read A; the sums are the same
+    block_r = rank_tile(max_rank) if num_rows > 512 else 16
+    rank_tiles = triton.cdiv(max_rank, block_r)
+    shrink_kernel[(num_blocks, num_segments * rank_tiles, split)](
+        x, memory, site.a, site.rank, parts, order, work, slot_of_token,
+        num_rows, num_slots, site.in_features, max_rank,
+        TOP_K=top_k, GATHER=gather, EXPERTS=experts,
+        SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
+        SLICE_K=triton.cdiv(triton.cdiv(site.in_features, split), 128) * 128,
+        BLOCK_M=block_m, TALL_M=max(block_m, 64), BLOCK_R=block_r, BLOCK_K=128,
+        num_warps=4 if block_m <= 128 else 8, num_stages=3,
+    )  # fmt: skip
+
+
+def _expand(y: Tensor, site: LoraSite, memory: Tensor, rows: LoraRows, parts: Tensor) -> Tensor:
+    if tuple(y.shape) != (len(rows.order), sum(site.widths)) or y.stride(1) != 1:
+        raise ValueError(
+            f"y is {tuple(y.shape)} with strides {y.stride()}; needs rows of "
+            f"{(len(rows.order), sum(site.widths))}"
+        )
+    num_slots, max_rank = site.rank.shape[1], parts.shape[3]
+    num_blocks = max_blocks(len(y), num_slots, DENSE_BLOCK_M)
+    if num_blocks:
+        grid = (num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), len(site.widths))
+        expand_kernel[grid](
+            y, memory, site.b, site.rank, site.scale, parts, rows.order, rows.starts,
+            rows.slot_of_row, len(y), num_slots, max_rank, y.stride(0),
+            WIDTHS=site.widths, ALIGN=math.gcd(16, *site.widths),
+            SLOTS=triton.next_power_of_2(num_slots), SPLIT_K=len(parts),
+            BLOCK_M=DENSE_BLOCK_M, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank),
+            num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def rank_tile(max_rank: int) -> int:
+    """Rank-1 terms of one step of a product."""
+    return min(max(triton.next_power_of_2(max_rank), 16), 64)
+
+
+def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] != site.in_features or not x.is_contiguous():
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, strides {x.stride()}; the site needs contiguous "
+            f"[rows, {site.in_features}]"
+        )
+    if x.dtype != memory.dtype:
+        raise ValueError(f"x is {x.dtype} and the adapters are {memory.dtype}; use one dtype")
+    wanted = (SPLIT_K, len(site.widths), num_rows)
+    if tuple(parts.shape[:3]) != wanted or parts.dtype != torch.float32:
+        raise ValueError(
+            f"parts is {tuple(parts.shape)} {parts.dtype}; take it from low_rank_parts for "
+            f"{wanted[1]} segments and {num_rows} rows"
+        )
