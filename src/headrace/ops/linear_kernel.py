@@ -12,28 +12,48 @@ arithmetic wasted costs nothing where memory is the limit.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
+
+_PREFETCH_PTX = tl.constexpr("""{
+.reg .pred first;
+mov.u32 $0, %tid.x;
+setp.eq.u32 first, $0, 0;
+@first cp.async.bulk.prefetch.L2.global [$1], $2;
+}""")
+
+
+@triton.jit
+def _prefetch(ptr, num_bytes):
+    """Ask for contiguous bytes, a multiple of 16, to be brought into L2; waits for nothing."""
+    tl.inline_asm_elementwise(
+        _PREFETCH_PTX, "=r,l,r", [ptr, num_bytes], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features]
-    bias_ptr,  # [out_features]
-    residual_ptr,  # [num_tokens, out_features]
+    x_desc,  # TMA descriptors of both, or None; of the weight [out_features / ROWS, ROWS,
+    weight_desc,  # in_features] if ROWS < BLOCK_N: a row past ROWS is out of its bounds, so zero
+    bias_ptr,  # [out_features], or None
+    residual_ptr,  # [num_tokens, out_features], or None
     out_ptr,  # [num_tokens, out_features]; may be residual
     num_tokens,
     out_features,
     in_features,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
+    EARLY: tl.constexpr,  # launched before the kernel before it has ended
     BLOCK_M: tl.constexpr,  # tokens
     BLOCK_N: tl.constexpr,  # height of the tile
     ROWS: tl.constexpr,  # rows of the weight in it
@@ -50,31 +70,44 @@ def linear_kernel(
     pid_m = group * GROUP_M + in_group % group_blocks
     pid_n = in_group // group_blocks
 
-    n = pid_n * ROWS + tl.arange(0, BLOCK_N)
-    n_mask = n < tl.minimum(pid_n * ROWS + ROWS, out_features)
+    row = pid_n * ROWS
+    rows = tl.minimum(ROWS, out_features - row)
+    if EARLY:
+        _prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
+        gdc_wait()
+    n = row + tl.arange(0, BLOCK_N)
+    n_mask = n < row + rows
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_mask = m < num_tokens
     k = tl.arange(0, BLOCK_K)
     w_ptrs = weight_ptr + n.to(tl.int64)[:, None] * in_features + k[None, :]
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * in_features + k[:, None]
+    if bias_ptr is not None:  # read here: the wait for memory would show at the end
+        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, in_features, BLOCK_K):
-        if EVEN_K:
-            w = tl.load(w_ptrs, mask=n_mask[:, None], other=0.0)
-            x = tl.load(x_ptrs, mask=m_mask[None, :], other=0.0)
+        if x_desc is not None:
+            if ROWS < BLOCK_N:
+                w = weight_desc.load([pid_n, 0, start]).reshape(BLOCK_N, BLOCK_K)
+            else:
+                w = weight_desc.load([row, start])
+            x = x_desc.load([pid_m * BLOCK_M, start]).T
+        elif EVEN_K:
+            w = tl.load(w_ptrs + start, mask=n_mask[:, None], other=0.0)
+            x = tl.load(x_ptrs + start, mask=m_mask[None, :], other=0.0)
         else:
             in_k = k < in_features - start
-            w = tl.load(w_ptrs, mask=n_mask[:, None] & in_k[None, :], other=0.0)
-            x = tl.load(x_ptrs, mask=m_mask[None, :] & in_k[:, None], other=0.0)
+            w = tl.load(w_ptrs + start, mask=n_mask[:, None] & in_k[None, :], other=0.0)
+            x = tl.load(x_ptrs + start, mask=m_mask[None, :] & in_k[:, None], other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
+    if EARLY:
+        gdc_launch_dependents()
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        acc += bias[:, None]
     place = m.to(tl.int64)[None, :] * out_features + n[:, None]
     mask = n_mask[:, None] & m_mask[None, :]
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         acc += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -96,18 +129,20 @@ def linear(
     if len(x) == 0:
         return out
     tile = tile or choose(_problem(x, weight))
+    x_desc, weight_desc = _descriptors(x, weight, tile) if tile.tma else (None, None)
     blocks = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
     linear_kernel[(blocks,)](
         x,
         weight,
-        weight if bias is None else bias,
-        out if residual is None else residual,
+        x_desc,
+        weight_desc,
+        bias,
+        residual,
         out,
-        *x.shape[:1],
+        len(x),
         *weight.shape,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
+        EARLY=tile.early,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         ROWS=tile.rows,
@@ -115,16 +150,31 @@ def linear(
         GROUP_M=tile.group_m,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=tile.early,
     )
     return out
 
 
+def _descriptors(
+    x: Tensor, weight: Tensor, tile: LinearTile
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    x_desc = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
+    if tile.rows == tile.block_n:
+        return x_desc, TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+    shares = weight.view(-1, tile.rows, weight.shape[1])
+    return x_desc, TensorDescriptor.from_tensor(shares, [1, tile.block_n, tile.block_k])
+
+
 def _problem(x: Tensor, weight: Tensor) -> LinearProblem:
+    problem = LinearProblem(len(x), weight.shape[0], weight.shape[1])
     if not x.is_cuda:
-        return LinearProblem(len(x), len(weight))
-    gpu = torch.cuda.get_device_properties(x.device)
-    return LinearProblem(
-        len(x), len(weight), gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+        return problem
+    gpu = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    return replace(
+        problem,
+        num_sms=gpu["multiprocessor_count"],
+        shared_memory=gpu["max_shared_mem"],
+        has_tma=torch.cuda.get_device_capability(x.device) >= (9, 0),
     )
 
 

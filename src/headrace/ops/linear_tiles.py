@@ -10,34 +10,49 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """What the choice depends on."""
+    """What the choice depends on. The defaults are an H100's."""
 
     num_tokens: int
     out_features: int
-    num_sms: int = 132  # an H100's
+    in_features: int
+    num_sms: int = 132
     shared_memory: int = 227 * 1024  # bytes that one program can have
+    has_tma: bool = True
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Sizes of one program, and how many of its loads are under way."""
+    """Sizes of one program, and how its operands get to it."""
 
     block_m: int  # tokens
-    block_n: int  # rows of the matrix instruction's tall side
-    rows: int  # rows of the weight among them; the others are zeros, and are not read
+    block_n: int  # height of the tile: rows of the matrix instruction's tall side
+    rows: int  # rows of the weight in the tile; the others are zeros, and nothing is read for them
     block_k: int
     num_warps: int
-    num_stages: int
-    group_m: int = 1
+    num_stages: int  # steps over K whose loads are under way
+    group_m: int = 1  # blocks of tokens that share weights while they are in L2
+    tma: bool = False  # sm_90; see `tma_fits`
+    early: bool = False  # sm_90: start, and ask for the weights, before the kernel before ends
 
 
 def choose(problem: LinearProblem) -> LinearTile:
     """The tile for one problem."""
-    if problem.num_tokens > 128:
-        return _for_arithmetic(problem)
+    tile = _for_arithmetic(problem) if problem.num_tokens > 128 else _for_bandwidth(problem)
+    return replace(tile, tma=problem.has_tma and tma_fits(problem, tile.rows, tile.block_n))
+
+
+def tma_fits(problem: LinearProblem, rows: int, block_n: int) -> bool:
+    """Whether TMA can read it: rows of 16 bytes, and equal shares where the tile is not full."""
+    return problem.in_features % 8 == 0 and (rows == block_n or problem.out_features % rows == 0)
+
+
+def _for_bandwidth(problem: LinearProblem) -> LinearTile:
+    """Few tokens wait for the weights: every SM takes an equal share of the rows.
+
+    A multiple of 8 rows keeps the stores 16 bytes wide. Where there are many rows, two programs
+    share an SM: one loads while the other starts or ends.
+    """
     block_m = max(16, _power_of_2(problem.num_tokens))
-    # Few tokens wait for the weights: every SM takes an equal share of the rows. A multiple of 8
-    # rows keeps the stores 16 bytes wide.
     rows = _cdiv(_cdiv(problem.out_features, problem.num_sms), 8) * 8
     if rows <= 64:
         return _fitted(problem, LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8))
@@ -47,7 +62,7 @@ def choose(problem: LinearProblem) -> LinearTile:
 
 
 def _for_arithmetic(problem: LinearProblem) -> LinearTile:
-    """Many tokens: the largest tile of which there are enough for all SMs."""
+    """Many tokens wait for the arithmetic: the largest tile that gives all SMs work twice over."""
     programs = _cdiv(problem.num_tokens, 256) * _cdiv(problem.out_features, 128)
     if programs >= 2 * problem.num_sms and problem.shared_memory > 160 * 1024:
         return _fitted(problem, LinearTile(256, 128, 128, 64, num_warps=8, num_stages=4, group_m=8))
@@ -57,8 +72,8 @@ def _for_arithmetic(problem: LinearProblem) -> LinearTile:
 
 def _fitted(problem: LinearProblem, tile: LinearTile, programs_per_sm: int = 1) -> LinearTile:
     """As many stages as asked for, or fewer if shared memory holds no more."""
-    # a program has 1 KiB more than it asks for
-    left = problem.shared_memory // programs_per_sm - 1024 * (programs_per_sm - 1)
+    # each program has 1 KiB for the system, and its barriers
+    left = (problem.shared_memory - 1024) // programs_per_sm - 1024
     stages = left // ((tile.block_m + tile.block_n) * tile.block_k * 2)
     return replace(tile, num_stages=max(2, min(tile.num_stages, stages)))
 
