@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.bench.exact_moe import exact_layer, relative_errors
 from headrace.ops.experts import Activation, Experts
 from headrace.ops.moe import MoEWeights, moe_layer
-from headrace.ops.mxfp4 import MXFP4Weight, dequantize
+from headrace.ops.mxfp4 import MXFP4Weight
 
 
 def random_layer(
@@ -46,48 +47,6 @@ def random_layer(
     )
 
 
-def exact(h: Tensor, weights: MoEWeights, chosen: Tensor | None = None) -> Tensor:
-    """The layer in float64; `chosen` experts [num_tokens, top_k] instead of its own."""
-    h = h.double()
-    x = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + weights.eps) * weights.norm.double()
-    logits = x @ weights.router.double().T
-    if weights.router_bias is not None:
-        logits += weights.router_bias.double()
-    ids = logits.topk(weights.top_k).indices if chosen is None else chosen.long()
-    scale = logits.softmax(-1).gather(1, ids)
-    if weights.renormalize:
-        scale /= scale.sum(-1, keepdim=True)
-    experts, out = weights.experts, h.clone()
-    for expert in ids.unique().tolist():
-        token, k = (ids == expert).nonzero(as_tuple=True)
-        gate_up, down = dense(experts.gate_up, expert), dense(experts.down, expert)
-        both = x[token] @ gate_up.T + experts.gate_up_bias[expert].double()
-        gate, up = both[:, 0::2], both[:, 1::2]
-        if experts.activation == Activation.SWIGLU_OAI:
-            gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit) + 1
-            gate = gate * torch.sigmoid(experts.alpha * gate)
-        else:
-            gate = gate * torch.sigmoid(gate)
-        y = (gate * up) @ down.T + experts.down_bias[expert].double()
-        out.index_add_(0, token, y * scale[token, k, None])
-    return out
-
-
-def dense(weight: object, expert: int) -> Tensor:
-    if isinstance(weight, MXFP4Weight):
-        return dequantize(weight.blocks[expert], weight.scales[expert], torch.float32).double()
-    assert isinstance(weight, Tensor)
-    return weight[expert].double()
-
-
-def errors(got: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Largest and RMS error, each relative to the expected values' own."""
-    difference = got.double() - expected
-    scale = expected.pow(2).mean().sqrt()
-    largest = (difference.abs() / expected.abs().clamp(min=scale)).max()
-    return float(largest), float(difference.pow(2).mean().sqrt() / scale)
-
-
 def variants() -> dict[str, MoEWeights]:
     """gpt-oss, and what other models need."""
     layer = random_layer(6, 160, 96, 3)
@@ -111,7 +70,7 @@ def test_equals_float64(name: str, num_tokens: int) -> None:
     out = torch.full_like(h, float("nan"))
     got = moe_layer(h, layer, out=out)
     assert got is out
-    torch.testing.assert_close(got.double(), exact(h, layer), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.double(), exact_layer(h, layer), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["norm", "bias", "residual", "activation", "renormalize"])
@@ -125,6 +84,6 @@ def test_a_wrong_layer_is_noticed(change: str) -> None:
         "renormalize": replace(layer, renormalize=False),
     }[change]
     got = moe_layer(h, wrong) - (h if change == "residual" else 0)
-    largest, rms = errors(got, exact(h, layer))
+    largest, rms = relative_errors(got, exact_layer(h, layer))
     assert largest > 0.025
     assert rms > 0.005

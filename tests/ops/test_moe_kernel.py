@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.bench.exact_moe import exact_layer
 from headrace.ops.experts_kernel import DenseWeight
 from headrace.ops.moe import MoEWeights, own_buffers
 from headrace.ops.moe_kernel import moe_layer_kernel
 from headrace.ops.mxfp4 import MXFP4Weight
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
-from tests.ops.test_moe import exact, variants
+from tests.ops.test_moe import variants
 
 gpu = pytest.mark.gpu
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
@@ -45,4 +46,4 @@ def test_interpreted_layer(name: str) -> None:
     out = torch.full_like(h, float("nan"))
     got = moe_layer_kernel(h, in_gpu_layout(layer), own_buffers(20, layer, "cpu"), out)
     assert got is out
-    torch.testing.assert_close(got.double(), exact(h, layer), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.double(), exact_layer(h, layer), rtol=1e-4, atol=1e-4)

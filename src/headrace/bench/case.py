@@ -1,7 +1,7 @@
 """One thing that `headrace bench kernels` times, and how it is timed.
 
-A module of this package named cases_* is found by its name. Its function `cases(sizes, device)`
-yields one `Case` after the other, so that only one is in memory.
+A module of this package named cases_* is found by its name. It names its ops in `OPS`; its function
+`cases(sizes, device)` yields one `Case` after the other, so that only one is in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from headrace.bench.floors import Work
 
 NUM_INPUTS = 8  # call i reads inputs[i % NUM_INPUTS] ...
 NUM_WEIGHT_SETS = 3  # ... and weights[i % NUM_WEIGHT_SETS]: their data is not in L2 from last time
@@ -29,7 +31,13 @@ class Case:
     check: Callable[[], None]  # run(0), and an AssertionError if its result is wrong
     num_bytes: float  # that one call must read and write at least
     num_flops: float  # 2 a multiply-add
-    num_calls: int = 24  # in one graph; more for what takes a few us
+    num_calls: int = 24  # timed together; more for what takes a few us
+    in_graph: bool = True  # else call by call: for what allocates or waits, at load
+
+    @property
+    def work(self) -> Work:
+        """What the floor is made of."""
+        return Work(self.num_bytes, self.num_flops)
 
     @property
     def name(self) -> str:
@@ -40,42 +48,36 @@ class Case:
 class CaseModule(Protocol):
     """What a module of cases must have."""
 
+    OPS: Sequence[str]
+
     def cases(self, sizes: Sequence[int], device: torch.device) -> Iterator[Case]:
         """The cases at these numbers of tokens; sizes the op has no use for are left out."""
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a GPU can do at best."""
-
-    bytes_per_s: float  # of a copy on the device, counting what is read and what is written
-    flops_per_s: float  # of a bfloat16 matrix product
-
-    def floor_us(self, case: Case) -> float:
-        """Its bytes moved once, or its arithmetic, whichever takes longer."""
-        return 1e6 * max(case.num_bytes / self.bytes_per_s, case.num_flops / self.flops_per_s)
-
-
 def time_us(case: Case) -> float:
     """Microseconds of a call: median of 15 replays of a CUDA graph of case.num_calls calls."""
-    return time_graph(case.run, case.num_calls)
 
+    def calls() -> None:
+        for i in range(case.num_calls):
+            case.run(i)
 
-def time_graph(call: Callable[[int], object], num_calls: int) -> float:
-    """Microseconds of one call(i), i = 0 ... num_calls - 1 in a CUDA graph."""
-    for i in range(num_calls):  # compiles, and fills what is made on first use
-        call(i)
+    calls()  # compiles, and fills what is made on first use
     torch.cuda.synchronize()
+    if not case.in_graph:
+        return _median_us(calls) / case.num_calls
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(num_calls):
-            call(i)
+        calls()
+    return _median_us(graph.replay) / case.num_calls
+
+
+def _median_us(work: Callable[[], None]) -> float:
     times = []
     for _ in range(NUM_REPLAYS + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        work()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / num_calls)
+        times.append(start.elapsed_time(end) * 1000)
     return statistics.median(times[2:])

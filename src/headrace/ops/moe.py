@@ -48,11 +48,12 @@ def moe_buffers(
     num_tokens: int,
     weights: MoEWeights,
     counters: Tensor,  # from `routing_counters`, for num_tokens or more
+    tiles: MoETiles | None = None,  # None: the table's choice
 ) -> MoEBuffers:
     """Buffers of `moe_layer` on the GPU for so many tokens."""
     hidden, dtype = weights.norm.shape[0], weights.norm.dtype
     num_slots = num_tokens * weights.top_k
-    tiles = choose(Problem(num_slots, weights.num_experts))
+    tiles = tiles or choose(Problem(num_slots, weights.num_experts))
     inter = weights.experts.gate_up_bias.shape[1] // 2
     return MoEBuffers(
         tiles,
@@ -89,10 +90,15 @@ def moe_layer(
     return torch.add(h, moe(x, ids, routing_weights, weights.experts), out=out)
 
 
-def own_buffers(num_tokens: int, weights: MoEWeights, device: torch.device | str) -> MoEBuffers:
+def own_buffers(
+    num_tokens: int,
+    weights: MoEWeights,
+    device: torch.device | str,
+    tiles: MoETiles | None = None,
+) -> MoEBuffers:
     """Buffers outside any arena."""
 
     def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
-    return moe_buffers(take, num_tokens, weights, routing_counters(num_tokens, device))
+    return moe_buffers(take, num_tokens, weights, routing_counters(num_tokens, device), tiles)

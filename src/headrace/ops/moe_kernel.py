@@ -24,23 +24,35 @@ def moe_layer_kernel(
     out: Tensor,  # [num_tokens, hidden]
 ) -> Tensor:
     """out = h + sum_k weight_k expert_k(rms_norm(h))."""
-    experts, routing, tiles = weights.experts, buffers.routing, buffers.tiles
-    gate_up, down = _in_gpu_layout(experts.gate_up), _in_gpu_layout(experts.down)
+    routing = buffers.routing
     routing_kernel.route(
         h, None, weights.norm, weights.eps, weights.router, weights.router_bias, routing,
-        tiles.gate_up.block_m, weights.renormalize,
+        buffers.tiles.gate_up.block_m, weights.renormalize,
     )  # fmt: skip
-    grouped_matmul(
-        routing.normed, gate_up, experts.gate_up_bias, routing.sorted, tiles.gate_up,
-        buffers.activated, weights.top_k, gather=True,
-        activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
-    )  # fmt: skip
-    grouped_matmul(
-        buffers.activated, down, experts.down_bias, routing.sorted, tiles.down, buffers.weighted,
-        weights.top_k, gather=False, slot_weights=routing.expert_weights.view(-1),
-    )  # fmt: skip
+    gate_up_matmul(weights, buffers)
+    down_matmul(weights, buffers)
     everyone = range(weights.num_experts)
     return weighted_sum(buffers.weighted, routing.expert_ids, everyone, h, out)
+
+
+def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers) -> Tensor:
+    """buffers.activated = activation(W_e x + b_e) for each slot, sorted by expert."""
+    experts, routing = weights.experts, buffers.routing
+    return grouped_matmul(
+        routing.normed, _in_gpu_layout(experts.gate_up), experts.gate_up_bias, routing.sorted,
+        buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
+        activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
+    )  # fmt: skip
+
+
+def down_matmul(weights: MoEWeights, buffers: MoEBuffers) -> Tensor:
+    """buffers.weighted = routing weight (W_e activated + b_e), a row for each slot."""
+    experts, routing = weights.experts, buffers.routing
+    return grouped_matmul(
+        buffers.activated, _in_gpu_layout(experts.down), experts.down_bias, routing.sorted,
+        buffers.tiles.down, buffers.weighted, weights.top_k, gather=False,
+        slot_weights=routing.expert_weights.view(-1),
+    )  # fmt: skip
 
 
 def _in_gpu_layout(weight: ExpertWeight) -> KernelWeight:

@@ -10,7 +10,7 @@ Within a word the bits lie so that one shift and one mask make two bfloat16 valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -47,6 +47,11 @@ class PreparedMXFP4:
     def num_experts(self) -> int:
         """Experts held."""
         return self.words.shape[0]
+
+    def expert(self, index: int) -> PreparedMXFP4:
+        """One of them, as a weight of one expert."""
+        chosen = slice(index, index + 1)
+        return replace(self, words=self.words[chosen], scales=self.scales[chosen])
 
 
 def prepare(

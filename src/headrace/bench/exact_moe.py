@@ -1,0 +1,74 @@
+"""One mixture-of-experts layer in float64, expert by expert: what results are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headrace.ops.experts import Activation, ExpertWeight
+from headrace.ops.moe import MoEWeights
+from headrace.ops.mxfp4 import MXFP4Weight, dequantize
+
+
+def exact_logits(h: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
+    """rms_norm(h) and the router's logits, in float64."""
+    h = h.double()
+    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + weights.eps)
+    x = h * scale * weights.norm.double()
+    logits = x @ weights.router.double().T
+    if weights.router_bias is not None:
+        logits += weights.router_bias.double()
+    return x, logits
+
+
+def exact_layer(
+    h: Tensor,  # [num_tokens, hidden]
+    weights: MoEWeights,  # in any layout
+    expert_ids: Tensor | None = None,  # [num_tokens, top_k], instead of the router's own choice
+) -> Tensor:
+    """h + sum_k weight_k expert_k(rms_norm(h)), [num_tokens, hidden] float64."""
+    x, logits = exact_logits(h, weights)
+    ids = logits.topk(weights.top_k).indices if expert_ids is None else expert_ids.long()
+    scale = logits.softmax(-1).gather(1, ids)
+    if weights.renormalize:
+        scale /= scale.sum(-1, keepdim=True)
+    out = h.double()
+    for expert in ids.unique().tolist():
+        token, k = (ids == expert).nonzero(as_tuple=True)
+        out.index_add_(0, token, _expert(x[token], weights, expert) * scale[token, k, None])
+    return out
+
+
+def relative_errors(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Largest and RMS error, each relative to the expected values' own; a NaN errs infinitely."""
+    difference = (got.double() - expected).nan_to_num(nan=torch.inf)
+    scale = expected.pow(2).mean().sqrt()
+    largest = (difference.abs() / expected.abs().clamp(min=scale)).max()
+    return float(largest), float(difference.pow(2).mean().sqrt() / scale)
+
+
+def _expert(x: Tensor, weights: MoEWeights, expert: int) -> Tensor:
+    experts = weights.experts
+    gate_up = x @ _dense(experts.gate_up, expert).T + experts.gate_up_bias[expert].double()
+    gate, up = gate_up[:, 0::2], gate_up[:, 1::2]
+    if experts.activation == Activation.SWIGLU_OAI:
+        gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit) + 1
+        gate = gate * torch.sigmoid(experts.alpha * gate)
+    else:
+        gate = gate * torch.sigmoid(gate)
+    return (gate * up) @ _dense(experts.down, expert).T + experts.down_bias[expert].double()
+
+
+def _dense(weight: ExpertWeight, expert: int) -> Tensor:  # [out_features, in_features] float64
+    if isinstance(weight, Tensor):
+        return weight[expert].double()
+    if isinstance(weight, MXFP4Weight):
+        blocks, scales = weight.blocks[expert], weight.scales[expert]
+        return dequantize(blocks, scales, torch.float32).double()
+    from headrace.ops.experts_kernel import DenseWeight
+    from headrace.ops.mxfp4_kernel import restore
+
+    if isinstance(weight, DenseWeight):
+        return weight.values[expert].double()
+    blocks, scales = restore(weight.expert(expert))
+    return dequantize(blocks[0], scales[0], torch.float32).double()

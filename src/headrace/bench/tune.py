@@ -1,0 +1,122 @@
+"""Time both expert matmuls with every tile worth a try: what ops/tiles.py chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from headrace.bench.case import NUM_INPUTS, NUM_WEIGHT_SETS, Case, time_us
+from headrace.bench.cases_moe import NUM_EXPERTS, TOP_K, make_step, random_layer
+from headrace.bench.results import write_csv
+from headrace.config import ConfigError
+from headrace.ops.moe import MoEWeights
+from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
+from headrace.ops.tiles import MoETiles, Tile
+
+MATMULS = {"gate_up": gate_up_matmul, "down": down_matmul}
+
+
+@dataclass(frozen=True)
+class TuneRow:
+    """One tile of one matmul, a line of tune.csv."""
+
+    experts: int
+    m: int
+    op: str
+    us: float
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int
+
+
+def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:
+    """Write tune.csv to `out` and print the fastest tile of each matmul.
+
+    Raises ConfigError where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA GPU here; tiles can only be timed on one")
+    torch.manual_seed(0)
+    _compile({tile for e in NUM_EXPERTS for m in sizes for tile in candidates(m, e)})
+    rows: list[TuneRow] = []
+    for row in tune(sizes, torch.device("cuda")):
+        rows.append(row)
+        write_csv(out / "tune.csv", rows)
+    for best in fastest(rows):
+        console.print(best)
+
+
+def tune(sizes: Sequence[int], device: torch.device) -> Iterator[TuneRow]:
+    """A row for each number of experts, size, tile and matmul."""
+    for num_experts in NUM_EXPERTS:
+        layers = [random_layer(num_experts, device) for _ in range(NUM_WEIGHT_SETS)]
+        for m in sizes:
+            for tile in candidates(m, num_experts):
+                for op, us in time_tile(layers, m, tile).items():
+                    yield TuneRow(num_experts, m, op, round(us, 1), **vars(tile))
+
+
+def fastest(rows: Sequence[TuneRow]) -> list[TuneRow]:
+    """The fastest tile of each matmul at each size."""
+    best: dict[tuple[int, int, str], TuneRow] = {}
+    for row in rows:
+        key = (row.experts, row.m, row.op)
+        if key not in best or row.us < best[key].us:
+            best[key] = row
+    return list(best.values())
+
+
+def time_tile(layers: Sequence[MoEWeights], num_tokens: int, tile: Tile) -> dict[str, float]:
+    """Microseconds of each matmul with this tile."""
+    step = make_step(layers, num_tokens, MoETiles(tile, tile))
+    for i in range(NUM_INPUTS):
+        step.layer(i)  # routes and fills what the second matmul reads
+
+    def case(op: str) -> Case:
+        def run(i: int) -> object:
+            return MATMULS[op](layers[i % NUM_WEIGHT_SETS], step.buffers[i % NUM_INPUTS])
+
+        return Case(op, {}, num_tokens, run, step.check_layer, 0.0, 0.0)
+
+    return {op: time_us(case(op)) for op in MATMULS}
+
+
+def candidates(num_tokens: int, num_experts: int) -> list[Tile]:
+    """Tiles worth a try, by the rows of an expert if they spread evenly."""
+    rows = num_tokens * TOP_K / num_experts
+    tiles = []
+    if rows <= 16:
+        tiles += [Tile(16, 64, 128, 4, s) for s in (3, 5, 7)]
+        tiles += [Tile(16, 64, 256, 4, s) for s in (3, 4)]
+        tiles += [Tile(16, 128, 128, 8, 5), Tile(16, 128, 128, 4, 5), Tile(16, 128, 256, 8, 4)]
+    if 4 <= rows <= 32:
+        tiles += [Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 5), Tile(32, 128, 128, 8, 4)]
+    if 8 <= rows <= 64:
+        tiles += [Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3)]
+        tiles += [Tile(64, 64, 128, 4, 4, 2)]
+    if rows >= 32:
+        tiles += [Tile(128, 128, 128, 8, 3, 4), Tile(128, 128, 128, 8, 4, 8)]
+        tiles += [Tile(128, 64, 128, 4, 3, 4), Tile(128, 128, 128, 4, 3, 4)]
+    if rows >= 128:
+        tiles += [Tile(256, 128, 128, 8, 3, 4), Tile(256, 128, 128, 8, 2, 4)]
+    return tiles
+
+
+def _compile(tiles: set[Tile]) -> None:
+    """Fill the kernel cache on all cores: one kernel takes about a second."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile_tile, tiles))
+
+
+def _compile_tile(tile: Tile) -> None:
+    layer = random_layer(4, torch.device("cuda"))
+    make_step([layer] * NUM_WEIGHT_SETS, 1, MoETiles(tile, tile)).layer(0)
