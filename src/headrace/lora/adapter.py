@@ -1,0 +1,299 @@
+"""Reading an adapter: a PEFT directory whose every tensor is applied, or the load is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from headrace.config import ConfigError
+from headrace.lora.factors import EXPERT_TENSOR, ExpertFactors, Factors, part_of, stack_experts
+from headrace.lora.peft_config import PeftConfig, parse_peft_config
+from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
+from headrace.models.weights import read_json
+
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = ("BF16", "F16", "F32")
+SHOWN = 8  # problems in one message
+
+BaseTensor = Callable[[str], Tensor]  # the base model's tensor of this name
+
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
+_BASE_COPY = re.compile(rf"({re.escape(EMBEDDING)}|{LM_HEAD})(\.base_layer)?\.weight")
+_NESTED = re.compile(r"(\.base_layer)*$")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter changes, in CPU memory, by Target.key."""
+
+    path: Path
+    config: PeftConfig
+    factors: dict[str, Factors]
+    warnings: tuple[str, ...]
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any target."""
+        return max(factors.rank for factors in self.factors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all factors."""
+        return sum(factors.num_bytes for factors in self.factors.values())
+
+
+@dataclass
+class _Pair:
+    """The two tensors of one module in the file, by name."""
+
+    names: dict[str, str] = field(default_factory=dict)  # "A" and "B"
+    is_embedding: bool = False
+
+
+def read_adapter(
+    path: Path,
+    targets: Iterable[Target],
+    base: BaseTensor,
+    max_rank: int = 512,
+    pin: bool = False,
+) -> Adapter:
+    """Read an adapter for a model with these targets; with pin, into page-locked memory.
+
+    Raises ConfigError naming every field or tensor that can't be applied, and the reason.
+    """
+    config = parse_peft_config(_config_fields(path))
+    try:
+        with _open(path) as file:
+            reader = _Reader(file, config, {t.key: t for t in targets}, base, max_rank)
+            factors = reader.read()
+            # the file may be replaced while its tensors are in use
+            owned = {key: f.owned(pin) for key, f in factors.items() if not reader.problems}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path / TENSORS_NAME}: {error}") from error
+    if reader.problems:
+        shown = "; ".join(reader.problems[:SHOWN])
+        more = f"; and {len(reader.problems) - SHOWN} more" if len(reader.problems) > SHOWN else ""
+        raise ConfigError(f"adapter {path}: {shown}{more}")
+    return Adapter(path, config, owned, tuple(_warnings(config, owned, reader.targets)))
+
+
+class _Reader:
+    """One pass over a file's tensors; collects problems instead of stopping at the first."""
+
+    def __init__(
+        self,
+        file: Any,
+        config: PeftConfig,
+        targets: Mapping[str, Target],
+        base: BaseTensor,
+        max_rank: int,
+    ) -> None:
+        self.targets = targets
+        self.problems: list[str] = []
+        self._file = file
+        self._config = config
+        self._base = base
+        self._max_rank = max_rank
+        self._factors: dict[str, Factors] = {}
+        self._experts: dict[str, list[ExpertFactors]] = defaultdict(list)  # by key of the target
+
+    def read(self) -> dict[str, Factors]:
+        """Account for every tensor."""
+        for module, pair in self._pairs().items():
+            if set(pair.names) == {"A", "B"}:
+                self._module(module, pair)
+            else:
+                [(side, name)] = pair.names.items()
+                self._refuse(name, f"its partner lora_{'B' if side == 'A' else 'A'} is missing")
+        for key, experts in self._experts.items():
+            if key in self._factors:
+                self._refuse(
+                    experts[0].name, f"{key} is also adapted by one tensor for all experts"
+                )
+            elif not self.problems:
+                self._factors[key] = stack_experts(self.targets[key], experts)
+        if not self._factors and not self.problems:
+            self.problems.append(f"{TENSORS_NAME} holds no LoRA tensors")
+        return self._factors
+
+    def _pairs(self) -> dict[str, _Pair]:
+        """Sort the file's tensors by module; copies of base tensors are compared and left out."""
+        pairs: dict[str, _Pair] = defaultdict(_Pair)
+        for name in sorted(self._file.keys()):
+            short = name.removeprefix("base_model.model.")
+            dtype = self._file.get_slice(name).get_dtype()
+            if dtype not in DTYPES:
+                self._refuse(name, f"its dtype is {dtype}; it must be {', '.join(DTYPES)}")
+            elif found := _FACTOR.fullmatch(short):
+                pair = pairs[found[1]]
+                pair.names[found[3]] = name
+                pair.is_embedding = bool(found[2])
+            elif found := _BASE_COPY.fullmatch(short):
+                self._compare(name, f"{found[1]}.weight")
+            else:
+                self._refuse(name, "only lora_A and lora_B tensors can be applied")
+        return pairs
+
+    def _compare(self, name: str, base_name: str) -> None:
+        """PEFT saves the weights of an adapted embedding or LM head beside the factors."""
+        base = self._base(base_name)
+        copy = self._file.get_tensor(name)
+        if copy.shape != base.shape or not torch.equal(copy.to(base), base):
+            self._refuse(name, f"it differs from the base model's {base_name}")
+
+    def _module(self, module: str, pair: _Pair) -> None:
+        """Find what a module's pair changes, and add it to the factors."""
+        expert = EXPERT_TENSOR.fullmatch(module)
+        if expert and f"{expert['experts']}.down_proj" in self.targets:
+            self._one_expert(module, expert, pair)
+        elif module.endswith((".experts", ".experts.base_layer")):
+            self._all_experts(module, pair)
+        elif (target := self.targets.get(_dense_key(module))) and target.num_experts == 1:
+            self._dense(target, pair)
+        else:
+            self._refuse(pair.names["A"], "this model has no such module that can be adapted")
+
+    def _dense(self, target: Target, pair: _Pair) -> None:
+        if pair.is_embedding != (target.key == EMBEDDING):
+            kind = "lora_embedding_A" if target.key == EMBEDDING else "lora_A"
+            self._refuse(pair.names["A"], f"for this module the tensor must be named {kind}")
+            return
+        rank, shapes = self._rank(pair), self._shapes(pair)
+        expected = (rank, target.in_features), (target.out_features, rank)
+        if self._fits(pair, expected, shapes) and self._is_rank(target.key, rank, pair):
+            a, b = self._tensors(pair)
+            self._add(target.key, pair, Factors(a[None], b.T[None], self._scale(target.key, rank)))
+
+    def _all_experts(self, module: str, pair: _Pair) -> None:
+        """A is [num_experts * rank, in], B [out, rank * num_experts] with the expert fastest.
+
+        PEFT names both parameters of the experts alike; their shapes tell them apart.
+        """
+        prefix = _NESTED.sub("", module)
+        (rows, in_features), (out_features, columns) = self._shapes(pair)
+        for proj in ("gate_up_proj", "down_proj"):
+            target = self.targets.get(f"{prefix}.{proj}")
+            if target and (target.in_features, target.out_features) == (in_features, out_features):
+                break
+        else:
+            shapes = f"[{rows}, {in_features}] and [{out_features}, {columns}]"
+            self._refuse(pair.names["A"], f"{shapes} fit neither gate_up_proj nor down_proj")
+            return
+        experts = target.num_experts
+        if rows != columns or rows % experts:
+            reason = f"its {rows} rows and lora_B's {columns} columns must be rank * {experts}"
+            self._refuse(pair.names["A"], reason)
+        elif self._is_rank(target.key, rows // experts, pair):
+            rank = rows // experts
+            a, b = self._tensors(pair)
+            a, b = a.view(experts, rank, in_features), b.view(out_features, rank, experts)
+            scale = self._scale(target.key, rank)
+            self._add(target.key, pair, Factors(a, b.permute(2, 1, 0), scale))
+
+    def _one_expert(self, module: str, found: re.Match[str], pair: _Pair) -> None:
+        """gate_proj, up_proj or down_proj of one expert, under either of their two names."""
+        name, index, part = pair.names["A"], int(found["index"]), part_of(found)
+        key = f"{found['experts']}.{'down' if part == 'down' else 'gate_up'}_proj"
+        target = self.targets[key]
+        rank, shapes = self._rank(pair), self._shapes(pair)
+        out_features = target.out_features // (1 if part == "down" else 2)
+        expected = (rank, target.in_features), (out_features, rank)
+        if index >= target.num_experts:
+            self._refuse(name, f"this model has {target.num_experts} experts in a layer")
+        elif any((e.part, e.index) == (part, index) for e in self._experts[key]):
+            self._refuse(name, "another tensor of the file adapts the same matrix")
+        elif self._fits(pair, expected, shapes) and self._is_rank(module, rank, pair):
+            a, b = self._tensors(pair)
+            scale = self._scale(module, rank)
+            self._experts[key].append(ExpertFactors(name, part, index, a, b.T, scale))
+
+    def _add(self, key: str, pair: _Pair, factors: Factors) -> None:
+        if key in self._factors:
+            self._refuse(pair.names["A"], f"another tensor of the file adapts {key} already")
+        self._factors[key] = factors
+
+    def _rank(self, pair: _Pair) -> int:
+        return int(self._file.get_slice(pair.names["A"]).get_shape()[0])
+
+    def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        a, b = (tuple(self._file.get_slice(pair.names[s]).get_shape()) for s in "AB")
+        return a, b
+
+    def _scale(self, key: str, rank: int) -> float:
+        return self._config.scale(key, rank)
+
+    def _fits(self, pair: _Pair, expected: Iterable[Any], found: Iterable[Any]) -> bool:
+        ok = True
+        for side, want, have in zip("AB", expected, found, strict=True):
+            if want != have:
+                ok = False
+                reason = f"its shape is {list(have)}; it must be {list(want)}"
+                self._refuse(pair.names[side], reason)
+        return ok
+
+    def _is_rank(self, key: str, rank: int, pair: _Pair) -> bool:
+        """Whether the rank is what the config says, for the scale follows from it."""
+        name, expected = pair.names["A"], self._config.rank(key)
+        if rank != expected:
+            self._refuse(name, f"its rank is {rank}, but {CONFIG_NAME} says {expected}")
+        elif rank > self._max_rank:
+            self._refuse(name, f"its rank is {rank}, above --max-lora-rank {self._max_rank}")
+        return rank == expected and rank <= self._max_rank
+
+    def _tensors(self, pair: _Pair) -> tuple[Tensor, Tensor]:
+        a, b = (self._file.get_tensor(pair.names[side]) for side in "AB")
+        for name, tensor in ((pair.names["A"], a), (pair.names["B"], b)):
+            low, high = torch.aminmax(tensor)
+            if not (low.isfinite() and high.isfinite()):
+                self._refuse(name, "it holds NaN or infinity")
+        return a, b
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.problems.append(f"tensor {name}: {reason}")
+
+
+def _dense_key(module: str) -> str:
+    """PEFT names the router's parameter by its module alone."""
+    return f"{module}.weight" if module.endswith(".mlp.router") else module
+
+
+def _config_fields(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ConfigError(f"No adapter found for {path}: it is not a directory")
+    return read_json(path / CONFIG_NAME)
+
+
+def _open(path: Path) -> Any:
+    file = path / TENSORS_NAME
+    if not file.is_file():
+        others = [f.name for f in path.glob("adapter_model.*")]
+        advice = f"; convert {others[0]} to safetensors" if others else ""
+        raise ConfigError(f"No adapter found for {path}: it has no {TENSORS_NAME}{advice}")
+    return safe_open(file, framework="pt")
+
+
+def _warnings(
+    config: PeftConfig, factors: Mapping[str, Factors], targets: Mapping[str, Target]
+) -> Iterator[str]:
+    if all(f.is_zero() for f in factors.values()):
+        yield "every delta is zero: the adapter changes nothing"
+    named = {k for k in targets if config.targets_module(k) or config.targets_parameter(k)}
+    # per-expert tensors go by names of their own, so the 3-D names are not looked for
+    extra = sorted(k for k in factors.keys() - named if ".experts." not in k)
+    if extra:
+        yield f"applied though {CONFIG_NAME} does not target them: {_some(extra)}"
+    if missing := sorted(named - factors.keys()):
+        yield f"targeted by {CONFIG_NAME} but not in the file: {_some(missing)}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

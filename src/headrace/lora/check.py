@@ -1,0 +1,105 @@
+"""The self-check of a load: does the device add what the file says?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.config import ConfigError
+from headrace.lora.adapter import Adapter
+from headrace.lora.factors import Factors
+from headrace.lora.rows import row_arrays
+from headrace.lora.targets import EMBEDDING, Site
+from headrace.ops.lora import (
+    LoraRows,
+    LoraSite,
+    LoraWeights,
+    add_expert_lora,
+    add_lora,
+    add_lora_embedding,
+)
+
+ROWS = 4  # the last one has no adapter, and must stay as it is
+# Share of the largest value of a delta. In bfloat16 x A^T and y are rounded to 8 bits each.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapter: Adapter) -> str:
+    """Compare each target's delta for a random x with scale (x A^T) B in float64.
+
+    Returns a line for the log. Raises ConfigError naming the target that is worst, if it is wrong.
+    """
+    found = [weights.embedding, *(s for layer in weights.layers for s in vars(layer).values())]
+    errors: dict[str, float] = {}
+    for site, targets in zip([*found, weights.lm_head], sites, strict=True):
+        factors = [adapter.factors.get(t.key) for t in targets.targets]
+        if any(factors):
+            got, expected = site_deltas(
+                site, weights, factors, slot, targets.targets[0].key == EMBEDDING
+            )
+            errors |= errors_of(got, expected, targets, site.widths)
+    worst = max(errors, key=lambda key: errors[key])
+    tolerance = TOLERANCE[weights.memory.dtype]
+    text = f"self-check of {len(errors)} targets: largest error {errors[worst]:.1e} of a delta"
+    if not errors[worst] <= tolerance:
+        raise ConfigError(f"{text}, above {tolerance:.0e}, in {worst} of {adapter.path}")
+    return text
+
+
+def site_deltas(
+    site: LoraSite,
+    weights: LoraWeights,
+    factors: Sequence[Factors | None],  # of each segment
+    slot: int,
+    is_embedding: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the ops add to zeros for a random x, and what they should: [ROWS, sum(widths)]."""
+    device, dtype = weights.memory.device, weights.memory.dtype
+    generator = torch.Generator().manual_seed(sum(site.widths))
+    slots = np.array([slot] * (ROWS - 1) + [-1], dtype=np.int32)
+    arrays = row_arrays(slots, site.rank.shape[1])
+    rows = LoraRows(*(torch.from_numpy(array).to(device) for array in arrays))
+    y = torch.zeros(ROWS, sum(site.widths), dtype=dtype, device=device)
+    experts = torch.randint(site.num_experts, (ROWS,), generator=generator)
+    if is_embedding:
+        tokens = torch.randint(site.in_features, (ROWS,), generator=generator)
+        x = torch.nn.functional.one_hot(tokens, site.in_features).double()
+        add_lora_embedding(y, tokens.to(device), site, weights.memory, rows)
+    else:
+        x = torch.randn(ROWS, site.in_features, generator=generator).to(dtype).double()
+        on_device = x.to(device, dtype)
+        if site.num_experts > 1:
+            where = experts.to(device), rows.slot_of_row
+            add_expert_lora(y, on_device, *where, site, weights.memory)
+        else:
+            add_lora(y, on_device, site, weights.memory, rows)
+    pairs = zip(factors, site.widths, strict=True)
+    expected = torch.cat([reference(x, experts, f, width) for f, width in pairs], dim=1)
+    expected[ROWS - 1] = 0
+    return y.double().cpu(), expected
+
+
+def reference(
+    x: Tensor,  # [num_rows, in_features] float64
+    experts: Tensor,  # [num_rows]
+    factors: Factors | None,
+    width: int,
+) -> Tensor:
+    """scale (x A_e^T) B_e in float64, [num_rows, width]."""
+    if factors is None:
+        return x.new_zeros(len(x), width)
+    a, b = factors.a[experts].double(), factors.b[experts].double()
+    return (x.unsqueeze(1) @ a.mT @ b).squeeze(1) * factors.scale
+
+
+def errors_of(
+    got: Tensor, expected: Tensor, targets: Site, widths: Sequence[int]
+) -> dict[str, float]:
+    """The largest error of each target, as a share of its largest value."""
+    parts = zip(targets.targets, got.split(widths, 1), expected.split(widths, 1), strict=True)
+    return {
+        t.key: ((g - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for t, g, e in parts
+    }

@@ -1,0 +1,384 @@
+"""Which adapters there are, which of them are on the device, and whose turn is next.
+
+An adapter is read once into CPU memory, and copied into a slot of the device when requests for
+it wait. Requests of an adapter in its slot go to the scheduler at once and hold the adapter there;
+those of another one are parked here. When an adapter is wanted and there is no room, the adapters
+that nobody holds leave first, the longest unused ahead. If that is not enough, as many adapters as
+are wanted are closed, those with the fewest holders first: a closed adapter takes no new requests,
+and leaves when those it has are done. So every wait is bounded by the work that is already there,
+and whatever gathers for an adapter meanwhile shares its next turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from headrace.config import ConfigError
+from headrace.lora.adapter import TENSORS_NAME, Adapter, BaseTensor, read_adapter
+from headrace.lora.check import check_adapter
+from headrace.lora.memory import LoraMemory, Placement, Sizes, sizes_of
+
+log = logging.getLogger(__name__)
+
+# A load that fails so is the adapter's fault or the memory's, and not the end of the engine.
+FAILURES = (ConfigError, OSError, MemoryError, torch.OutOfMemoryError)
+
+R = TypeVar("R")  # a request; the pool only keeps and returns them
+
+
+@dataclass(eq=False)
+class Lora(Generic[R]):
+    """One load of an adapter. uid never returns, so that it may salt hashes of the prefix cache."""
+
+    uid: int
+    name: str
+    path: Path
+    sizes: Sizes
+    max_rank: int
+    stamp: tuple[int, int]  # of the file when it was read
+    adapter: Adapter | None  # the copy in CPU memory, if there is one now
+    slot: int | None = None  # set while it has a place on the device
+    placement: Placement | None = None
+    ready: bool = False  # its slot can be used
+    closed: bool = False  # it takes no new requests, and leaves when the last one is done
+    retired: bool = False  # unloaded, or replaced by a later load
+    checked: bool = False  # the self-check has passed
+    holders: int = 0  # requests that the scheduler has
+    parked: deque[R] = field(default_factory=deque)
+    last_used: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements in device memory."""
+        return sum(self.sizes.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may leave the device now."""
+        return self.ready and not self.holders
+
+
+@dataclass
+class PoolNews(Generic[R]):
+    """What happened since the last look."""
+
+    released: list[R] = field(default_factory=list)  # their adapter is ready now
+    failed: list[tuple[R, str]] = field(default_factory=list)  # it can't be loaded any more
+    loads: list[tuple[str, str | None]] = field(default_factory=list)  # (name, error or None)
+
+
+class LoraPool(Generic[R]):
+    """All adapters of an engine. Its methods belong to one thread; a second one loads."""
+
+    def __init__(self, memory: LoraMemory, base: BaseTensor, max_cpu_loras: int) -> None:
+        self.memory = memory
+        self.names: dict[str, Lora[R]] = {}
+        self._base = base
+        self._max_cpu_loras = max_cpu_loras
+        self._capacity = memory.ranges.num_free
+        self._device = memory.weights.memory.device
+        self._free_slots = list(range(memory.num_slots))
+        self._resident: list[Lora[R]] = []  # on the device or on their way to it
+        self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
+        self._in_cpu: list[Lora[R]] = []
+        self._reads: dict[str, Future[Lora[R]]] = {}
+        self._copies: dict[Lora[R], Future[Adapter]] = {}
+        self._announced: set[Lora[R]] = set()  # loads told with the end of their first copy
+        self._uids, self._clock = count(1), count(1)
+        self._loader = ThreadPoolExecutor(1, "lora-loader")
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    # What the engine asks for
+
+    def load(self, name: str, path: Path, in_place: bool = False) -> None:
+        """Begin to read an adapter; advance() tells how it ended. ConfigError if the name is taken.
+
+        in_place replaces the adapter of that name: requests that are there keep the old one.
+        """
+        if name in self._reads or (name in self.names and not in_place):
+            raise ConfigError(f"the LoRA adapter '{name}' is already loaded")
+        self._reads[name] = self._loader.submit(self._read, name, path)
+
+    def unload(self, name: str) -> None:
+        """Forget a name; its memory is free when its last request is done."""
+        self._retire(self.names.pop(name))
+
+    def arrive(self, lora: Lora[R], request: R) -> bool:
+        """Whether a new request may go to the scheduler now; else it is parked here."""
+        lora.last_used = next(self._clock)
+        if lora.ready and not lora.closed:
+            lora.holders += 1
+            return True
+        lora.parked.append(request)
+        if lora not in self._wanted:
+            self._wanted.append(lora)
+        return False
+
+    def leave(self, lora: Lora[R], request: R) -> bool:
+        """Forget a request, done or not. Returns whether it was parked here."""
+        parked = request in lora.parked
+        if parked:
+            lora.parked.remove(request)
+            if not lora.parked:
+                self._wanted.remove(lora)
+        else:
+            lora.holders -= 1
+            assert lora.holders >= 0, lora
+        if lora.retired:
+            self._drop_if_idle(lora)
+        return parked
+
+    def advance(self) -> PoolNews[R]:
+        """Take note of what has been loaded, and begin what can be: call it before each step."""
+        news: PoolNews[R] = PoolNews()
+        for name in [n for n, f in self._reads.items() if f.done()]:
+            self._finish_read(name, self._reads.pop(name), news)
+        for lora in [x for x, f in self._copies.items() if f.done()]:
+            self._finish_copy(lora, self._copies.pop(lora), news)
+        self._serve_wanted(news)
+        return news
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether advance() will have something to tell without anything else happening."""
+        return bool(self._reads or self._copies)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a load ends, or for that long."""
+        futures: list[Future] = [*self._reads.values(), *self._copies.values()]
+        wait(futures, seconds, return_when="FIRST_COMPLETED")
+
+    def close(self) -> None:
+        """Let the loader end."""
+        self._loader.shutdown(cancel_futures=True)
+
+    # Reading
+
+    def _read(self, name: str, path: Path) -> Lora[R]:
+        """On the loader's thread."""
+        stamp = file_stamp(path)
+        adapter = self._read_files(path)
+        sizes = sizes_of(adapter.factors)
+        if sum(sizes.values()) > self._capacity:
+            itemsize = self.memory.weights.memory.itemsize
+            raise ConfigError(
+                f"adapter {path} takes {sum(sizes.values()) * itemsize} bytes; "
+                f"--lora-memory holds {self._capacity * itemsize}"
+            )
+        return Lora(next(self._uids), name, path, sizes, adapter.max_rank, stamp, adapter)
+
+    def _read_files(self, path: Path) -> Adapter:
+        max_rank = self.memory.weights.max_rank
+        targets = self.memory.targets.values()
+        return read_adapter(path, targets, self._base, max_rank, pin=self._stream is not None)
+
+    def _finish_read(self, name: str, future: Future[Lora[R]], news: PoolNews[R]) -> None:
+        """Make an adapter known; if there is room, try it on the device before that is told."""
+        try:
+            lora = future.result()
+        except FAILURES as error:
+            news.loads.append((name, str(error)))
+            return
+        if name in self.names:
+            self._retire(self.names[name])
+        self.names[name] = lora
+        self._keep_in_cpu(lora)
+        log.info("adapter %s: %d targets, rank %d", name, len(lora.sizes), lora.max_rank)
+        assert lora.adapter is not None
+        for warning in lora.adapter.warnings:
+            log.warning("adapter %s: %s", name, warning)
+        if not self._wanted and self._free_slots and self._place(lora):
+            self._announced.add(lora)
+            self._begin_copy(lora)
+        else:
+            news.loads.append((name, None))
+
+    def _keep_in_cpu(self, lora: Lora[R]) -> None:
+        """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
+        lora.last_used = next(self._clock)
+        if lora not in self._in_cpu:
+            self._in_cpu.append(lora)
+        spare = [x for x in self._in_cpu if x is not lora and not x.retired]
+        spare.sort(key=lambda x: x.last_used)
+        for other in spare[: max(0, len(self._in_cpu) - self._max_cpu_loras)]:
+            if other not in self._copies:
+                other.adapter = None
+                self._in_cpu.remove(other)
+
+    # Turns
+
+    def _serve_wanted(self, news: PoolNews[R]) -> None:
+        """Give room to the wanted adapters in their order; the first without room holds up all.
+
+        A small adapter must not slip past a large one for ever.
+        """
+        waiting = list(self._wanted)
+        for i, lora in enumerate(waiting):
+            if lora in self._resident:
+                if lora.ready:  # it was closed for one that no longer waits
+                    lora.closed = False
+                    self._release(lora, news)
+            elif self._make_room(lora):
+                self._begin_copy(lora)
+            else:
+                self._close_for(waiting[i:])
+                return
+
+    def _make_room(self, lora: Lora[R]) -> bool:
+        """Take a slot and memory, if need be of adapters that nobody holds."""
+        idle = sorted((x for x in self._resident if x.is_idle), key=lambda x: x.last_used)
+        room = self.memory.ranges.num_free + sum(x.size for x in idle)
+        if room < lora.size or not (self._free_slots or idle):
+            return False
+        while not self._free_slots or not self._place(lora):
+            if not idle:
+                return False
+            self._evict(idle.pop(0))
+        return True
+
+    def _place(self, lora: Lora[R]) -> bool:
+        lora.placement = self.memory.place(lora.sizes)
+        if lora.placement is None:
+            return False
+        lora.slot = self._free_slots.pop()
+        self._resident.append(lora)
+        return True
+
+    def _close_for(self, waiting: Iterable[Lora[R]]) -> None:
+        """Close as many adapters as those that wait need the room of."""
+        absent = [x for x in waiting if x not in self._resident]
+        leaving = [x for x in self._resident if x.closed or x.is_idle]
+        staying = [x for x in self._resident if x not in leaving]
+        staying.sort(key=lambda x: (x.holders + len(x.parked), x.last_used))
+        slots = len(self._free_slots) + len(leaving)
+        room = self.memory.ranges.num_free + sum(x.size for x in leaving)
+        needed = sum(x.size for x in absent)
+        for victim in staying:
+            if slots >= len(absent) and room >= needed:
+                return
+            victim.closed = True
+            slots += 1
+            room += victim.size
+
+    def _release(self, lora: Lora[R], news: PoolNews[R]) -> None:
+        """Hand an adapter's parked requests to the scheduler."""
+        if lora.parked:
+            self._wanted.remove(lora)
+        lora.holders += len(lora.parked)
+        news.released += lora.parked
+        lora.parked.clear()
+
+    def _retire(self, lora: Lora[R]) -> None:
+        lora.retired = True
+        self._drop_if_idle(lora)
+
+    def _drop_if_idle(self, lora: Lora[R]) -> None:
+        """Free all memory of an unloaded adapter whose requests are done."""
+        if lora.holders or lora.parked or lora in self._copies:
+            return
+        if lora in self._resident:
+            self._evict(lora)
+        if lora in self._in_cpu:
+            self._in_cpu.remove(lora)
+        lora.adapter = None
+
+    # Copying
+
+    def _begin_copy(self, lora: Lora[R]) -> None:
+        """Fill the place of an adapter, once no launched step can still read what was there."""
+        launched = torch.cuda.current_stream().record_event() if self._stream else None
+        self._copies[lora] = self._loader.submit(self._copy, lora, lora.adapter, launched)
+
+    def _copy(
+        self, lora: Lora[R], adapter: Adapter | None, launched: torch.cuda.Event | None
+    ) -> Adapter:
+        """On the loader's thread."""
+        if adapter is None:
+            adapter = self._read_again(lora)
+        assert lora.placement is not None, lora
+        assert lora.slot is not None, lora
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            if self._stream is not None and launched is not None:
+                self._stream.wait_event(launched)
+            self.memory.write(lora.placement, adapter.factors)
+            if not lora.checked:
+                alone = self.memory.alone(lora.slot, lora.placement, adapter.factors)
+                log.info(
+                    "adapter %s: %s",
+                    lora.name,
+                    check_adapter(alone, self.memory.sites, lora.slot, adapter),
+                )
+            if self._stream is not None:
+                self._stream.synchronize()
+        return adapter
+
+    def _read_again(self, lora: Lora[R]) -> Adapter:
+        """From disk, for an adapter that had to leave CPU memory."""
+        if file_stamp(lora.path) != lora.stamp:
+            raise ConfigError(f"{lora.path} has changed since it was loaded; load it again")
+        return self._read_files(lora.path)
+
+    def _finish_copy(self, lora: Lora[R], future: Future[Adapter], news: PoolNews[R]) -> None:
+        """Open a slot whose adapter has arrived, or give the place back."""
+        assert lora.slot is not None, lora
+        assert lora.placement is not None, lora
+        error = None
+        try:
+            adapter = future.result()
+        except FAILURES as failure:
+            error = f"the LoRA adapter '{lora.name}' could not be loaded: {failure}"
+        if lora in self._announced:
+            self._announced.remove(lora)
+            news.loads.append((lora.name, error))
+        lora.ready = True
+        if error is None:
+            lora.checked = True
+            lora.adapter = adapter
+            self._keep_in_cpu(lora)
+            self.memory.publish(lora.slot, lora.placement, adapter.factors)
+            self._release(lora, news)
+        else:
+            log.error("%s", error)
+            self._give_up(lora, error, news)
+        if lora.retired:
+            self._drop_if_idle(lora)
+
+    def _give_up(self, lora: Lora[R], error: str, news: PoolNews[R]) -> None:
+        """Forget an adapter that can't be copied, and fail those that wait for it."""
+        if lora.parked:
+            self._wanted.remove(lora)
+        news.failed += [(request, error) for request in lora.parked]
+        lora.parked.clear()
+        lora.retired = True
+        if self.names.get(lora.name) is lora:
+            del self.names[lora.name]
+
+    def _evict(self, lora: Lora[R]) -> None:
+        """Free the slot of an adapter that nobody holds."""
+        assert lora.ready, lora
+        assert not lora.holders, lora
+        assert lora.placement is not None, lora
+        assert lora.slot is not None, lora
+        self.memory.free(lora.placement)
+        self._free_slots.append(lora.slot)
+        self._resident.remove(lora)
+        lora.slot = lora.placement = None
+        lora.ready = lora.closed = False
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Changes when the adapter's tensors are written again; (0, 0) if there are none."""
+    file = path / TENSORS_NAME
+    if not file.exists():
+        return 0, 0
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size

@@ -1,0 +1,53 @@
+"""Adapters as PEFT itself makes them, on transformers' model of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.oracles import transformers_model
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def peft_model(model: Path, seed: int, **config: Any) -> Any:
+    """transformers' model with a random adapter that moves the logits."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(transformers_model(model), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            # an update of about a fifth of the weights' size, whatever the rank
+            std = 0.2 * parameter.shape[-1] ** -0.5 if "lora_B" in name else 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+    return wrapped.eval()
+
+
+def save(wrapped: Any, path: Path) -> Path:
+    """PEFT's own files."""
+    wrapped.save_pretrained(path)
+    return path
+
+
+@torch.inference_mode()
+def peft_logits(wrapped: Any, tokens: list[int]) -> Tensor:
+    return wrapped(torch.tensor([tokens])).logits[0]
+
+
+def peft_deltas(wrapped: Any) -> dict[str, Tensor]:
+    """Delta of each adapted parameter as PEFT computes it: [out, in] or [experts, in, out]."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    deltas = {}
+    for name, module in wrapped.named_modules():
+        if isinstance(module, LoraLayer):
+            key = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            if isinstance(module, ParamWrapper):
+                key = f"{key}.{module.parameter_name}"
+            deltas[key] = module.get_delta_weight("default").detach()
+    return deltas
