@@ -19,17 +19,29 @@ def paged_attention(
     sinks: Tensor,  # [num_heads]: a logit of each head that takes probability but has no value
     window: int,  # tokens a query sees including itself; 0 = all
     scale: float,
-    plan: AttentionPlan | None = None,
-    out: Tensor | None = None,  # [num_tokens, num_heads, head_dim]
+    plan: AttentionPlan | None = None,  # filled from the same query_start and seq_lens
+    out: Tensor | None = None,  # [num_tokens, num_heads, head_dim] in q's dtype
 ) -> Tensor:
     """out_i = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij)) with s_ij = scale q_i . k_j.
 
     The query at position i sees keys j with i - window < j <= i. Sequence s owns the rows
     query_start[s]:query_start[s + 1], the last ones of its seq_lens[s] tokens, whose keys are in
     the cache already. Pages outside every query's window are not read. Computes in float32.
-    Returns [num_tokens, num_heads, head_dim] in q's dtype.
+    CUDA tensors need a plan and take the lengths from it; a row's bits depend on its own position
+    and keys only. On the CPU the plan is not used. Returns out.
+
+    Raises:
+        ValueError: no plan for CUDA tensors, or one for another window; what the kernel refuses.
     """
     out = torch.empty_like(q) if out is None else out
+    if q.is_cuda:
+        # Triton may be missing where there is no GPU
+        from headrace.ops import attention_kernel
+
+        if plan is None or plan.window != window:
+            found = plan and f"made for window {plan.window}"
+            raise ValueError(f"plan is {found}; CUDA tensors need one made for window {window}")
+        return attention_kernel.paged_attention(q, kv_cache, block_table, sinks, scale, plan, out)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for seq, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
         first_position = length - (end - begin)

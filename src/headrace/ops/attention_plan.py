@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # Keys before CUTS[0] are in splits of SPLITS[0] keys, so that short contexts spread over many
@@ -53,6 +54,7 @@ class PlanShape:
     tile: AttentionTile
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     max_items: int
     max_part_rows: int  # tokens x parts of all tiles that are split
     num_programs: int  # of the kernel: they share out items x num_kv_heads
@@ -75,11 +77,35 @@ class PlanShape:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """A plan where the kernel reads it, for all layers with the same window."""
+    """A plan where the kernel reads it, for all layers with the same window, one after the other.
 
-    words: Tensor  # [shape.num_words] int32
+    Captured CUDA graphs of all batch sizes can share it: the kernel reads how many items it has.
+    """
+
+    words: Tensor  # [shape.num_words] int32: header, items, counters
+    part_acc: Tensor  # [max_part_rows, num_heads, head_dim] float32: results of single parts
+    part_m: Tensor  # [max_part_rows, num_heads] float32
+    part_total: Tensor  # [max_part_rows, num_heads] float32
     shape: PlanShape
     window: int
+
+    def fill(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> None:
+        """Plan a step. From pageable memory: the arrays are free when this returns."""
+        words = plan_attention(query_lens, seq_lens, self.window, self.shape)
+        self.words[: len(words)].copy_(torch.from_numpy(words))
+
+
+def empty_plan(shape: PlanShape, window: int, device: torch.device | str) -> AttentionPlan:
+    """A plan without an item, and the memory that it needs."""
+    rows = (shape.max_part_rows if window == 0 else 0, shape.num_heads)
+    return AttentionPlan(
+        torch.zeros(shape.num_words, dtype=torch.int32, device=device),
+        torch.empty(*rows, shape.head_dim, device=device),
+        torch.empty(rows, device=device),
+        torch.empty(rows, device=device),
+        shape,
+        window,
+    )
 
 
 def plan_shape(
@@ -87,6 +113,7 @@ def plan_shape(
     max_num_seqs: int,
     num_heads: int,
     num_kv_heads: int,
+    head_dim: int,
     num_sms: int = 132,
     max_part_rows: int = 2048,
     tile: AttentionTile = AttentionTile(),
@@ -104,7 +131,15 @@ def plan_shape(
         )
     tiles = min(max_num_tokens, max_num_seqs + max_num_tokens // (tile.rows // group))
     programs = num_sms * tile.programs_per_sm
-    return PlanShape(tile, num_heads, num_kv_heads, tiles + max_part_rows, max_part_rows, programs)
+    return PlanShape(
+        tile,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        max_items=tiles + max_part_rows,
+        max_part_rows=max_part_rows,
+        num_programs=programs,
+    )
 
 
 def first_key_of(split: np.ndarray) -> np.ndarray:
@@ -132,7 +167,7 @@ def plan_attention(
 
     A tile is up to tile_tokens rows of one sequence. With full attention a tile much longer than
     a program's fair share becomes one item per split, the longest first while max_part_rows
-    lasts. Copy the result to the front of AttentionPlan.words; the counters behind it stay.
+    lasts. The result goes to the front of AttentionPlan.words.
 
     Raises:
         ValueError: the batch has more tiles than the shape has room for.

@@ -1,0 +1,334 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Paged attention on the GPU: a fixed grid of programs that works off the items of a plan.
+
+A row's bits depend on its own position and keys alone. Its keys are taken in blocks of KEY_BLOCK
+from position 0, the blocks of a split by online softmax, the splits merged in rising order by
+`_merge`. One program walks all splits of a tile, or several take one split each and the last to
+arrive merges them; both run the same code on the same tile of TILE_ROWS x KEY_BLOCK, so a prompt's
+chunk and a decode row take the same instructions too.
+
+The rows are the tall side of both products: their softmax stays within four threads, and the
+probabilities reach the second product in registers. The heads that share a KV head fill the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.ops import attention_plan
+from headrace.ops.attention_plan import FIELDS, HEADER, AttentionPlan
+
+LOG2_E = 1.4426950408889634
+
+_HEADER = tl.constexpr(HEADER)
+_NUM_FIELDS = tl.constexpr(len(FIELDS))
+_ROW = tl.constexpr(attention_plan.ROW)
+_NUM_TOKENS = tl.constexpr(attention_plan.NUM_TOKENS)
+_POSITION = tl.constexpr(attention_plan.POSITION)
+_SEQ = tl.constexpr(attention_plan.SEQ)
+_FIRST_BLOCK = tl.constexpr(attention_plan.FIRST_BLOCK)
+_END_BLOCK = tl.constexpr(attention_plan.END_BLOCK)
+_PARTS = tl.constexpr(attention_plan.PARTS)
+_PART = tl.constexpr(attention_plan.PART)
+_PART_ROW = tl.constexpr(attention_plan.PART_ROW)
+_COUNTER = tl.constexpr(attention_plan.COUNTER)
+_CUTS = tl.constexpr(attention_plan.CUTS)
+_SPLITS = tl.constexpr(attention_plan.SPLITS)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _is_cut(key):
+    """True if a split begins at this key, a multiple of the least split."""
+    second = (key % _SPLITS[1] == 0) & (key < _CUTS[1])
+    return (key < _CUTS[0]) | second | (key % _SPLITS[2] == 0)
+
+
+@triton.jit
+def _finite(m):
+    """A maximum to subtract: 0 where nothing was seen yet, so that exp2(-inf - m) is 0."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _merge(
+    m,  # [rows] maximum of the scores so far, in powers of two
+    total,  # [rows] sum of exp2(score - m)
+    acc,  # [rows, head_dim] sum of exp2(score - m) v
+    split_m,
+    split_total,
+    split_acc,
+):
+    """Add one split to what came before it; a split without a visible key changes nothing."""
+    new_m = tl.maximum(m, split_m)
+    old = tl.exp2(m - _finite(new_m))
+    new = tl.exp2(split_m - _finite(new_m))
+    # explicit fma: the compiler must not round differently where this is inlined
+    total = tl.fma(total, old, split_total * new)
+    return new_m, total, tl.fma(acc, old[:, None], split_acc * new[:, None])
+
+
+@triton.jit
+def _store_output(out_ptrs, mask, total, acc):
+    """out = acc / total, a zero always as +0."""
+    acc = tl.where(acc == 0.0, 0.0, acc) * (1.0 / total)[:, None]
+    tl.store(out_ptrs, acc.to(out_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _arrive(counter_ptr, parts):
+    """Count this part in, after all its writes; true for the last, which zeroes the counter."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def _combine_parts(
+    out_ptr,
+    sinks_ptr,
+    part_acc_ptr,
+    part_m_ptr,
+    part_total_ptr,
+    row,
+    first_part_row,
+    num_tokens,
+    parts,
+    first_head,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Merge the parts of a tile in rising order, token by token."""
+    of_group = tl.arange(0, PADDED_GROUP)
+    mask = of_group < GROUP
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    head = first_head + of_group
+    sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
+    for token in range(num_tokens):
+        m = sink
+        total = tl.full([PADDED_GROUP], 1.0, tl.float32)
+        acc = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
+        for part in tl.range(0, parts, loop_unroll_factor=8):  # so that 8 loads are under way
+            place = (first_part_row + part * num_tokens + token).to(tl.int64) * NUM_HEADS + head
+            # .cg: another multiprocessor wrote them
+            part_m = tl.load(part_m_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+            part_total = tl.load(part_total_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+            part_acc = tl.load(
+                part_acc_ptr + place[:, None] * HEAD_DIM + column,
+                mask=mask[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            m, total, acc = _merge(m, total, acc, part_m, part_total, part_acc)
+        out_row = (row + token).to(tl.int64) * NUM_HEADS + head
+        _store_output(out_ptr + out_row[:, None] * HEAD_DIM + column, mask[:, None], total, acc)
+
+
+@triton.jit
+def _place_of_rows(first_row, num_tokens, first_head, NUM_HEADS, GROUP, ROWS: tl.constexpr):
+    """Index into [rows, num_heads] of each row of a tile, and which of them exist."""
+    tile_row = tl.arange(0, ROWS)
+    row = (first_row + tile_row // GROUP).to(tl.int64)
+    return row * NUM_HEADS + first_head + tile_row % GROUP, tile_row < num_tokens * GROUP
+
+
+@triton.jit(do_not_specialize=["window"])
+def attention_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    cache_ptr,  # [2 (k, v), num_pages, PAGE, num_kv_heads, head_dim]
+    table_ptr,  # [num_seqs, max_blocks] int32
+    sinks_ptr,  # [num_heads]
+    words_ptr,  # an AttentionPlan
+    part_acc_ptr,  # [max_part_rows, num_heads, head_dim] float32
+    part_m_ptr,  # [max_part_rows, num_heads] float32
+    part_total_ptr,
+    out_ptr,  # [num_tokens, num_heads, head_dim]
+    counters_start,  # in words
+    table_stride,
+    value_offset,  # elements from k to v
+    scale_log2,  # scale * log2(e)
+    window,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Scores in powers of two, so that exp2 does: exp(scale q.k) = exp2(scale_log2 q.k)."""
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    TOKEN: tl.constexpr = NUM_KV_HEADS * HEAD_DIM  # elements of a token in the cache
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    num_work = tl.load(words_ptr) * NUM_KV_HEADS
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        item_ptr = words_ptr + _HEADER + work // NUM_KV_HEADS * _NUM_FIELDS
+        kv_head = work % NUM_KV_HEADS
+        num_tokens = tl.load(item_ptr + _NUM_TOKENS)
+        position = tl.load(item_ptr + _POSITION)
+        table_row_ptr = table_ptr + tl.load(item_ptr + _SEQ).to(tl.int64) * table_stride
+        first_block = tl.load(item_ptr + _FIRST_BLOCK)
+        end_block = tl.load(item_ptr + _END_BLOCK)
+        # the sink counts once: here, or when the parts are merged
+        whole = tl.load(item_ptr + _PARTS) == 1
+
+        first_row = tl.load(item_ptr + _ROW)
+        place, mask = _place_of_rows(first_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS)
+        q = tl.load(q_ptr + place[:, None] * HEAD_DIM + column, mask=mask[:, None], other=0.0)
+        head = kv_head * GROUP + tl.arange(0, ROWS) % GROUP
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
+        m = tl.where(whole, sink, float("-inf"))
+        total = tl.where(whole, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        split_m = tl.full([ROWS], float("-inf"), tl.float32)
+        split_total = tl.zeros([ROWS], tl.float32)
+        split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+
+        row_position = position + tl.arange(0, ROWS) // GROUP
+        first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
+        end_key = position + num_tokens
+        k_ptr = cache_ptr + kv_head * HEAD_DIM
+        key = first_block * KEYS + tl.arange(0, KEYS)
+        page = tl.load(
+            table_row_ptr + key // PAGE, mask=(key >= first_key) & (key < end_key), other=0
+        )
+        for block in range(first_block, end_block):
+            key = block * KEYS + tl.arange(0, KEYS)
+            key_mask = key < end_key
+            if WINDOWED:
+                key_mask &= key >= first_key
+            k_ptrs = k_ptr + (page.to(tl.int64) * (PAGE * TOKEN) + key % PAGE * TOKEN)[:, None]
+            # zeros where masked: what lies there may be NaN, which 0 * v would keep
+            k = tl.load(k_ptrs + column, mask=key_mask[:, None], other=0.0)
+            v = tl.load(k_ptrs + value_offset + column, mask=key_mask[:, None], other=0.0)
+            # ready when the next keys are asked for
+            next_key = key + KEYS
+            page = tl.load(table_row_ptr + next_key // PAGE, mask=next_key < end_key, other=0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if WINDOWED:
+                age = row_position[:, None] - key[None, :]
+                scores = tl.where((age >= 0) & (age < window), scores, float("-inf"))
+            elif (block + 1) * KEYS > position + 1:
+                scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
+            new_m = tl.maximum(split_m, tl.max(scores, 1) * scale_log2)
+            shift = _finite(new_m)
+            p = tl.exp2(scores * scale_log2 - shift[:, None])
+            alpha = tl.exp2(split_m - shift)
+            split_m = new_m
+            split_total = split_total * alpha + tl.sum(p, 1)
+            split_acc *= alpha[:, None]
+            split_acc = tl.dot(p.to(v.dtype), v, split_acc, input_precision="ieee")
+            if not WINDOWED:
+                if (block + 1 == end_block) | _is_cut((block + 1) * KEYS):
+                    m, total, acc = _merge(m, total, acc, split_m, split_total, split_acc)
+                    split_m = tl.full([ROWS], float("-inf"), tl.float32)
+                    split_total = tl.zeros([ROWS], tl.float32)
+                    split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        if WINDOWED:  # a window is one split
+            m, total, acc = _merge(m, total, acc, split_m, split_total, split_acc)
+
+        # fields are loaded again rather than held in registers through the loop
+        num_tokens = tl.load(item_ptr + _NUM_TOKENS)
+        parts = tl.load(item_ptr + _PARTS)
+        if parts == 1:
+            first_row = tl.load(item_ptr + _ROW)
+            place, mask = _place_of_rows(
+                first_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS
+            )
+            out_ptrs = out_ptr + place[:, None] * HEAD_DIM + column
+            _store_output(out_ptrs, mask[:, None], total, acc)
+        else:
+            part_row = tl.load(item_ptr + _PART_ROW)
+            place, mask = _place_of_rows(
+                part_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS
+            )
+            tl.store(part_m_ptr + place, m, mask=mask)
+            tl.store(part_total_ptr + place, total, mask=mask)
+            tl.store(part_acc_ptr + place[:, None] * HEAD_DIM + column, acc, mask=mask[:, None])
+            counter = counters_start + tl.load(item_ptr + _COUNTER) * NUM_KV_HEADS + kv_head
+            if _arrive(words_ptr + counter, parts):
+                _combine_parts(
+                    out_ptr, sinks_ptr, part_acc_ptr, part_m_ptr, part_total_ptr,
+                    tl.load(item_ptr + _ROW),
+                    part_row - tl.load(item_ptr + _PART) * num_tokens, num_tokens, parts,
+                    kv_head * GROUP, NUM_HEADS, GROUP, PADDED_GROUP, HEAD_DIM,
+                )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor,  # [num_tokens, num_heads, head_dim]
+    kv_cache: Tensor,  # [2 (k, v), num_pages, block_size, num_kv_heads, head_dim]
+    block_table: Tensor,  # [num_seqs, max_blocks] int32
+    sinks: Tensor,  # [num_heads]
+    scale: float,
+    plan: AttentionPlan,
+    out: Tensor,  # [num_tokens, num_heads, head_dim]
+) -> Tensor:
+    """Work off the plan's items; its window is the layer's. Rows in no item are not written.
+
+    Raises:
+        ValueError: a shape, dtype or stride that the kernel does not take.
+    """
+    _check(q, kv_cache, block_table, sinks, scale, plan, out)
+    shape, tile = plan.shape, plan.shape.tile
+    page, num_kv_heads, head_dim = kv_cache.shape[2:]
+    group = shape.num_heads // num_kv_heads
+    attention_kernel[(shape.num_programs,)](
+        q, kv_cache, block_table, sinks, plan.words,
+        plan.part_acc, plan.part_m, plan.part_total, out,
+        shape.counters_start, block_table.stride(0), kv_cache.stride(0), scale * LOG2_E,
+        plan.window,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
+        HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    sinks: Tensor,
+    scale: float,
+    plan: AttentionPlan,
+    out: Tensor,
+) -> None:
+    heads = (plan.shape.num_heads, plan.shape.head_dim)
+    if q.dim() != 3 or tuple(q.shape[1:]) != heads or not q.is_contiguous():
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, strides {q.stride()}; the plan needs contiguous "
+            f"[num_tokens, {heads[0]}, {heads[1]}]"
+        )
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}; pass contiguous {q.dtype} {tuple(q.shape)}"
+        )
+    wanted = (plan.shape.num_kv_heads, q.shape[2])
+    if kv_cache.dim() != 5 or tuple(kv_cache.shape[3:]) != wanted or len(kv_cache) != 2:
+        raise ValueError(
+            f"kv_cache has shape {tuple(kv_cache.shape)}; q and the plan need "
+            f"[2, num_pages, block_size, {wanted[0]}, {wanted[1]}]"
+        )
+    if not kv_cache[0].is_contiguous() or kv_cache.dtype != q.dtype:
+        raise ValueError(f"kv_cache is {kv_cache.dtype}, q {q.dtype}: pass one contiguous dtype")
+    for name, size in (("block_size", kv_cache.shape[2]), ("head_dim", q.shape[2])):
+        if size & (size - 1) or (name == "head_dim" and size < 16):
+            raise ValueError(f"{name} is {size}; the kernel needs a power of two (head_dim >= 16)")
+    if block_table.dim() != 2 or block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table is {block_table.dtype} {tuple(block_table.shape)}, strides "
+            f"{block_table.stride()}; pass int32 [num_seqs, max_blocks] with adjacent blocks"
+        )
+    if tuple(sinks.shape) != heads[:1] or not sinks.is_contiguous():
+        raise ValueError(f"sinks have shape {tuple(sinks.shape)}; q needs contiguous {heads[:1]}")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; scores are scaled after their maximum: pass > 0")
