@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit
@@ -15,9 +17,12 @@ def rms_norm_kernel(
     out_ptr,  # [num_tokens, hidden]
     hidden,
     eps,
+    LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
     BLOCK: tl.constexpr,
 ):
     """out = x / sqrt(mean(x ** 2) + eps) * weight."""
+    if LET_NEXT_START:
+        gdc_launch_dependents()
     start = tl.program_id(0).to(tl.int64) * hidden
     column = tl.arange(0, BLOCK)
     mask = column < hidden
@@ -41,8 +46,10 @@ def rms_norm(
     num_tokens, hidden = x.shape
     if num_tokens:
         rms_norm_kernel[(num_tokens,)](
-            x, weight, out, hidden, eps, BLOCK=triton.next_power_of_2(hidden), num_warps=8
-        )
+            x, weight, out, hidden, eps,
+            LET_NEXT_START=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
+            BLOCK=triton.next_power_of_2(hidden), num_warps=8,
+        )  # fmt: skip
     return out
 
 
