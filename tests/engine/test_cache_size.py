@@ -19,12 +19,12 @@ from headrace.models import KVLayout
 
 BF16 = torch.bfloat16
 # gpt-oss-20b: 24 layers, every other one with a window of 128
-LARGE = KVLayout(24, 8, 64, (128, 0), (0, 1) * 12)
+LARGE = KVLayout(24, 64, 8, 64, (128, 0), (0, 1) * 12)
 
 
 def test_page_bytes() -> None:
     assert page_bytes(LARGE, 16, BF16) == [12 * 2 * 16 * 8 * 64 * 2] * 2
-    assert page_bytes(KVLayout(3, 1, 8, (0, 4), (0, 1, 1)), 2, torch.float32) == [128, 256]
+    assert page_bytes(KVLayout(3, 1, 1, 8, (0, 4), (0, 1, 1)), 2, torch.float32) == [128, 256]
 
 
 def test_window_groups_get_what_they_can_use_and_full_groups_the_rest() -> None:
@@ -45,7 +45,7 @@ def test_window_groups_get_what_they_can_use_and_full_groups_the_rest() -> None:
 def test_the_plan_fits_the_memory(
     windows: list[int], memory: int, block_size: int, max_num_seqs: int, max_model_len: int | None
 ) -> None:
-    layout = KVLayout(len(windows), 1, 4, tuple(windows), tuple(range(len(windows))))
+    layout = KVLayout(len(windows), 1, 1, 4, tuple(windows), tuple(range(len(windows))))
     config = EngineConfig(
         block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len
     )

@@ -33,8 +33,11 @@ class ToyModel:
         self.dtype = torch.int64
         self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=max_positions)
         layers = tuple(range(len(windows)))
-        self.kv_layout = KVLayout(len(windows), 1, 1, windows, layers)
+        self.kv_layout = KVLayout(len(windows), 1, 1, 1, windows, layers)
         self.num_rows = 0
+
+    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> None:
+        """Nothing: every step allocates its own."""
 
     def forward(self, batch: Batch) -> Tensor:
         self.num_rows += len(batch.token_ids)

@@ -23,7 +23,7 @@ from headrace.engine.messages import (
 from headrace.engine.request import Request, RequestError, new_request
 from headrace.engine.runner import Runner
 from headrace.engine.sampler import choose_tokens, score_tokens
-from headrace.engine.scheduler import Plan, Scheduler
+from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan, Scheduler
 from headrace.engine.threads import set_cpu_threads
 from headrace.models import Model, load_model
 
@@ -78,6 +78,10 @@ class Engine:
         self.config = config
         set_cpu_threads(config.model)
         self.model = model or load_model(config.model, config.device, config.dtype, progress)
+        on_gpu = self.model.device.type == "cuda"
+        if on_gpu:  # on the CPU memory is taken as it is needed
+            rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+            self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS)
         layout, dtype = self.model.kv_layout, self.model.dtype
         memory = cache_memory(config, self.model.device)
         positions = self.model.config.max_position_embeddings
@@ -89,7 +93,7 @@ class Engine:
         self.ready = EngineReady(
             self.max_model_len, pages, config.block_size, time.monotonic() - start
         )
-        self.overlap = self.model.device.type != "cpu"  # read a step's tokens one step late
+        self.overlap = on_gpu  # read a step's tokens one step late
         self._launched: Launched | None = None
         self._news: list[RequestOutput] = []  # refusals and aborts, told with the next step
         self._arrivals = count()

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.request import Request
+from headrace.engine.flat_rows import FlatRows
+from headrace.engine.graphs import Graphs, graph_sizes
 from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
-
-STAGED_ROW = 64  # bytes of a row's own fields, at most
+from headrace.ops.attention_plan import AttentionPlan, plan_attention, plan_shape
 
 
 class Runner:
-    """Owns the cache tensors and the tokens sampled last, and calls the model."""
+    """Owns the cache tensors and the tokens sampled last, and calls the model.
+
+    On a GPU, steps that only decode are replayed from graphs once `capture` was called.
+    """
 
     def __init__(
         self,
@@ -31,98 +34,93 @@ class Runner:
     ) -> None:
         self.model = model
         self.block_size = block_size = config.block_size
-        layout = model.kv_layout
+        self.max_num_seqs = config.max_num_seqs
+        layout, device = model.kv_layout, model.device
         page = block_size, layout.num_kv_heads, layout.head_dim
         self.kv_cache = tuple(
-            lazy_zeros((2, num_pages[g], *page), model.dtype, model.device)
-            for g in layout.group_of_layer
+            lazy_zeros((2, num_pages[g], *page), model.dtype, device) for g in layout.group_of_layer
         )
-        self.sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=model.device)
-        max_blocks = -(-max_model_len // block_size)
-        tables = len(layout.windows) * config.max_num_seqs * max_blocks * np.dtype("i4").itemsize
-        self._staging = Staging(tables + config.max_num_batched_tokens * STAGED_ROW, model.device)
+        self.sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        self._max_blocks = -(-max_model_len // block_size)
+        num_groups = len(layout.windows)
+        most_rows = max(config.max_num_batched_tokens, self.max_num_seqs)
+        largest = FlatRows.capacities(most_rows, self.max_num_seqs, self._max_blocks, num_groups)
+        self._staging = Staging(largest, device)
+        self._plans = [self._make_plan(window, config) for window in layout.windows]
+        self._graphs: Graphs | None = None
+
+    @torch.inference_mode()
+    def capture(self, on_progress: Callable[[int, int], None]) -> None:
+        """Capture the decode steps of every size."""
+        self._graphs = graphs = Graphs()
+        sizes = graph_sizes(self.max_num_seqs)
+        for done, size in enumerate(reversed(sizes)):  # the largest takes the pool's memory
+            on_progress(done, len(sizes))
+            rows = FlatRows.idle(size, len(self._plans))
+            graphs.capture(size, partial(self.model.forward, self._batch(rows, self._fixed(size))))
+        on_progress(len(sizes), len(sizes))
 
     @torch.inference_mode()
     def forward(
         self,
         plan: Plan,
         output_rows: Sequence[int],  # [num_outputs] rows of the flat batch
-    ) -> Tensor:  # [num_outputs, vocab] fp32
+    ) -> Tensor:  # [num_outputs, vocab] fp32, overwritten by the next step
         """Compute the planned tokens."""
-        return self.model.forward(self.build_batch(plan, output_rows))
+        work = list(plan.items())
+        only_decoding = len(output_rows) == len(work) == sum(plan.values())
+        if self._graphs and only_decoding and (size := self._graphs.size_for(len(work))):
+            # padded with copies of the last row: they compute, and write, what it does
+            padded = work + [work[-1]] * (size - len(work))
+            self._batch(FlatRows.of(padded, range(size), self.block_size), self._fixed(size))
+            return self._graphs.replay(size)[: len(work)]
+        return self.model.forward(self._batch(FlatRows.of(work, output_rows, self.block_size)))
 
-    def build_batch(self, plan: Plan, output_rows: Sequence[int]) -> Batch:
-        """Lay the planned tokens of all requests one after the other, on the device."""
-        rows = FlatRows.of(list(plan.items()), output_rows, self.block_size)
-        staged = self._staging.put(rows.arrays())
-        token_ids, positions, query_start, seq_lens, output, *groups = staged
-        windows = self.model.kv_layout.windows
+    def _batch(self, rows: FlatRows, capacities: Sequence[int] | None = None) -> Batch:
+        """The rows on the device, at addresses that depend on the capacities only."""
+        staged = self._staging.put(rows.arrays(), capacities)
+        token_ids, positions, query_start, seq_lens, output_rows, *groups = staged
+        num_groups = len(self._plans)
+        for plan in filter(None, self._plans):
+            lengths = np.diff(rows.query_start)
+            words = plan_attention(lengths, rows.seq_lens, plan.window, plan.shape)
+            self._staging.copy(words, plan.words)
         return Batch(
             token_ids=token_ids,
             positions=positions,
             query_start=query_start,
             seq_lens=seq_lens,
             groups=tuple(
-                KVGroup(table.T, slots, window)
-                for slots, table, window in zip(groups[::2], groups[1::2], windows, strict=True)
+                KVGroup(table.T, slots, window, plan)
+                for slots, table, window, plan in zip(
+                    groups[:num_groups],
+                    groups[num_groups:],
+                    self.model.kv_layout.windows,
+                    self._plans,
+                    strict=True,
+                )
             ),
-            output_rows=output,
-            sampled=self.sampled,
+            output_rows=output_rows,
             kv_cache=self.kv_cache,
+            sampled=self.sampled,
         )
 
+    def _fixed(self, size: int) -> list[int]:
+        """Bytes set aside for each array of a decode step of one graph."""
+        return FlatRows.capacities(size, size, self._max_blocks, len(self._plans))
 
-@dataclass(frozen=True)
-class FlatRows:
-    """The host's side of a Batch. Block tables lie block by block, so that a table of fewer
-    blocks is the beginning of a larger one."""
-
-    token_ids: np.ndarray  # [num_tokens] int64
-    positions: np.ndarray  # [num_tokens] int64
-    query_start: np.ndarray  # [num_seqs + 1] int32
-    seq_lens: np.ndarray  # [num_seqs] int32
-    output_rows: np.ndarray  # [num_outputs] int64
-    slots: list[np.ndarray]  # [num_groups] of [num_tokens] int64
-    block_tables: list[np.ndarray]  # [num_groups] of [max_blocks, num_seqs] int32, padded with -1
-
-    @staticmethod
-    def of(
-        work: Sequence[tuple[Request, int]], output_rows: Sequence[int], block_size: int
-    ) -> FlatRows:
-        """The rows of (request, number of tokens), one request after the other."""
-        starts = np.array([request.num_computed for request, _ in work])
-        counts = np.array([n for _, n in work])
-        query_start = np.concatenate(([0], counts.cumsum()))
-        positions = np.repeat(starts - query_start[:-1], counts) + np.arange(query_start[-1])
-        blocks, offsets = np.divmod(positions, block_size)
-        seqs = np.repeat(np.arange(len(work)), counts)
-        tables = [
-            block_table([request.block_tables[g] for request, _ in work])
-            for g in range(len(work[0][0].block_tables))
-        ]
-        return FlatRows(
-            token_ids=np.concatenate([request.next_tokens(n) for request, n in work]),
-            positions=positions,
-            query_start=query_start.astype(np.int32),
-            seq_lens=(starts + counts).astype(np.int32),
-            output_rows=np.array(output_rows, dtype=np.int64),
-            slots=[table[blocks, seqs] * np.int64(block_size) + offsets for table in tables],
-            block_tables=tables,
+    def _make_plan(self, window: int, config: EngineConfig) -> AttentionPlan | None:
+        layout, device = self.model.kv_layout, self.model.device
+        if device.type == "cpu":
+            return None
+        shape = plan_shape(
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            layout.num_heads,
+            layout.num_kv_heads,
         )
-
-    def arrays(self) -> list[np.ndarray]:
-        """All arrays, in a fixed order: the block tables, whose size changes most, come last."""
-        groups = [a for pair in zip(self.slots, self.block_tables, strict=True) for a in pair]
-        fixed = [self.token_ids, self.positions, self.query_start, self.seq_lens, self.output_rows]
-        return fixed + groups
-
-
-def block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:  # [max_blocks, num_seqs] int32
-    """Pages of each sequence as a column, padded with -1."""
-    padded = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
-    return np.ascontiguousarray(padded.T)
+        words = torch.zeros(shape.num_words, dtype=torch.int32, device=device)
+        return AttentionPlan(words, shape, window)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Host arrays on their way to the device: one pinned block and one copy a step."""
+"""Host arrays on their way to the device: one pinned block, few copies, no waiting."""
 
 from __future__ import annotations
 
@@ -9,57 +9,80 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes between the starts of two arrays
+EXTRA = 1 << 20  # bytes of the pinned blocks for `copy`
 
 
 class Staging:
     """Puts the arrays of a step on the device.
 
-    Arrays of the same capacities in the same order get the same addresses, which a captured CUDA
-    graph relies on. Two pinned blocks take turns: while the device still copies a step's block,
-    the host fills the next one. A third step must not begin before the first has ended.
+    Arrays with the same capacities get the same addresses, which a captured CUDA graph relies on.
+    Two pinned blocks take turns: while the device still copies a step's block, the host fills the
+    next one. The step after that must not be staged before the first has ended.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, capacities: Sequence[int], device: torch.device) -> None:
         self._device = device
         if device.type != "cpu":
+            num_bytes = _starts(capacities)[-1]
             self._block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-            self._hosts = [torch.empty(num_bytes, dtype=torch.uint8).pin_memory() for _ in "ab"]
+            self._hosts = [
+                torch.empty(num_bytes + EXTRA, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+            ]
+            self._end = 0
 
     def put(
         self,
         arrays: Sequence[np.ndarray],
         capacities: Sequence[int] | None = None,  # bytes set aside for each, by default its own
     ) -> list[Tensor]:
-        """The arrays as tensors on the device, valid until the next put."""
+        """Begin a step: its arrays as tensors on the device, valid until the next step's."""
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         self._hosts.reverse()
-        sizes = [array.nbytes for array in arrays]
-        starts = self._starts(capacities or sizes)
-        block = self._hosts[0].numpy()
-        for array, start in zip(arrays, starts, strict=True):
-            block[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+        host, sizes = self._hosts[0], [array.nbytes for array in arrays]
+        starts = _starts(capacities or sizes)
+        self._end = starts[-1]
+        assert self._end <= len(self._block), f"{self._end} bytes, {len(self._block)=}"
+        for array, start in zip(arrays, starts, strict=False):
+            _fill(host, start, array)
         for begin, end in _runs(starts, sizes):
-            self._block[begin:end].copy_(self._hosts[0][begin:end], non_blocking=True)
+            self._block[begin:end].copy_(host[begin:end], non_blocking=True)
         return [
-            self._block[start : start + array.nbytes]
-            .view(torch.from_numpy(array[:0]).dtype)
-            .view(array.shape)
-            for array, start in zip(arrays, starts, strict=True)
+            self._block[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+            for array, start in zip(arrays, starts, strict=False)
         ]
 
-    def _starts(self, capacities: Sequence[int]) -> list[int]:
-        ends = np.cumsum([-(-size // ALIGNMENT) * ALIGNMENT for size in capacities])
-        assert ends[-1] <= len(self._block), f"{ends[-1]} bytes of arrays, {len(self._block)=}"
-        return [0, *ends[:-1].tolist()]
+    def copy(self, array: np.ndarray, to: Tensor) -> None:
+        """Copy one more array of the step to the front of a tensor on the device."""
+        begin, host = self._end, self._hosts[0]
+        self._end = _starts([begin, array.nbytes])[-1]
+        _fill(host, begin, array)
+        source = host[begin : begin + array.nbytes].view(to.dtype)
+        to[: len(source)].copy_(source, non_blocking=True)
+
+
+def _starts(capacities: Sequence[int]) -> list[int]:
+    """Where each array begins, and where the last one ends."""
+    starts = [0]
+    for capacity in capacities:
+        starts.append(starts[-1] + -(-capacity // ALIGNMENT) * ALIGNMENT)
+    return starts
+
+
+def _fill(host: Tensor, start: int, array: np.ndarray) -> None:
+    host.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+
+
+def _dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def _runs(starts: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Byte ranges to copy: one for all neighbours that leave no unused capacity between them."""
+    """Byte ranges to copy: one for neighbours that leave no more than their alignment unused."""
     runs: list[tuple[int, int]] = []
-    for start, size in zip(starts, sizes, strict=True):
+    for start, size in zip(starts, sizes, strict=False):
         if runs and start - runs[-1][1] < ALIGNMENT:
             runs[-1] = runs[-1][0], start + size
-        else:
+        elif size:
             runs.append((start, start + size))
     return runs

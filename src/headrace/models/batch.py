@@ -50,6 +50,7 @@ class KVLayout:
     """What a model tells the engine about its cache, so that the engine can size and lay it out."""
 
     num_layers: int
+    num_heads: int  # of the queries
     num_kv_heads: int
     head_dim: int
     windows: tuple[int, ...]  # one entry a group, 0 = full attention

@@ -79,8 +79,8 @@ class GptOss:
         self._arena: Arena | None = None
         self._counters = routing_counters(0, self.device)
 
-    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> int:
-        """Take the memory of the largest step, in bytes; steps don't allocate from now on."""
+    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> None:
+        """Take the memory of the largest step; steps don't allocate from now on."""
         self._counters = routing_counters(max_num_tokens, self.device)
         num_bytes = 0
         # fewer tokens may take more in places: other tiles
@@ -89,7 +89,6 @@ class GptOss:
             self._buffers(size.take, max_num_tokens >> shift, max_num_outputs)
             num_bytes = max(num_bytes, size.num_bytes)
         self._arena = Arena(num_bytes, self.device)
-        return num_bytes
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Writes the new keys and values into batch.kv_cache.
@@ -183,6 +182,7 @@ def _kv_layout(config: GptOssConfig) -> KVLayout:
     groups = tuple(sorted(set(windows)))
     return KVLayout(
         num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         windows=groups,

@@ -16,22 +16,36 @@ from headrace.ops.mxfp4 import BLOCK_SIZE, NAN_SCALE, MXFP4Weight
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load_gpt_oss(config: GptOssConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> GptOssWeights:
-    """Check every tensor, then read them. Experts in MXFP4 stay packed unless dtype is float32."""
+def load_gpt_oss(
+    config: GptOssConfig, checkpoint: Checkpoint, dtype: torch.dtype, gpu_layout: bool
+) -> GptOssWeights:
+    """Check every tensor, then read them, layer by layer.
+
+    Experts in MXFP4 stay packed unless dtype is float32. With gpu_layout all experts are in the
+    layout of the GPU's kernels, and dtype must be bfloat16.
+    """
     # by tensor names: re-uploads of MXFP4 checkpoints carry other quantization_configs
     is_mxfp4 = any(name.endswith("_blocks") for name in checkpoint)
-    checkpoint.check(tensor_shapes(config, is_mxfp4))
+    shapes = tensor_shapes(config, is_mxfp4)
+    checkpoint.check(shapes)
     embedding = checkpoint.read("model.embed_tokens.weight").to(dtype)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        # the next layer is on its way while this one is prepared
+        this_and_next = (_prefix(i), _prefix(i + 1))
+        checkpoint.prefetch(name for name in shapes if name.startswith(this_and_next))
+        layers.append(_read_layer(config, checkpoint, _prefix(i), dtype, is_mxfp4, gpu_layout))
     tied = config.tie_word_embeddings
     return GptOssWeights(
         embedding=embedding,
-        layers=tuple(
-            _read_layer(config, checkpoint, f"model.layers.{i}.", dtype, is_mxfp4)
-            for i in range(config.num_hidden_layers)
-        ),
+        layers=tuple(layers),
         norm=checkpoint.read("model.norm.weight").to(dtype),
         lm_head=embedding if tied else checkpoint.read("lm_head.weight").to(dtype),
     )
+
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
 
 
 def tensor_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
@@ -89,7 +103,12 @@ def _moe_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
 
 
 def _read_layer(
-    config: GptOssConfig, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, is_mxfp4: bool
+    config: GptOssConfig,
+    checkpoint: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype,
+    is_mxfp4: bool,
+    gpu_layout: bool,
 ) -> LayerWeights:
     def read(name: str) -> Tensor:
         return checkpoint.read(prefix + name).to(dtype)
@@ -101,10 +120,16 @@ def _read_layer(
 
     def read_experts(projection: str) -> ExpertWeight:
         name = f"{prefix}mlp.experts.{projection}_proj"
-        if not is_mxfp4:
-            return checkpoint.read(name).to(dtype).transpose(1, 2)
-        packed = _read_mxfp4(checkpoint, name)
-        return _dequantize(packed) if dtype == torch.float32 else packed
+        weight: Tensor | MXFP4Weight
+        if is_mxfp4:
+            weight = _read_mxfp4(checkpoint, name)
+        else:
+            weight = checkpoint.read(name).to(dtype).transpose(1, 2)
+        if gpu_layout:
+            return _in_gpu_layout(weight, has_pairs=projection == "gate_up")
+        if isinstance(weight, MXFP4Weight) and dtype == torch.float32:
+            return _dequantize(weight)
+        return weight
 
     return LayerWeights(
         attention_norm=read("input_layernorm.weight"),
@@ -136,6 +161,17 @@ def _read_mxfp4(checkpoint: Checkpoint, name: str) -> MXFP4Weight:
     if (packed.scales == NAN_SCALE).any():
         raise ConfigError(f"tensor {name}_scales holds 0xFF, which means NaN: the file is damaged")
     return packed
+
+
+def _in_gpu_layout(weight: Tensor | MXFP4Weight, has_pairs: bool) -> ExpertWeight:
+    """has_pairs: gates and ups, which the checkpoint interleaves."""
+    from headrace.ops.experts_kernel import DenseWeight
+    from headrace.ops.mxfp4_kernel import RowOrder, prepare
+
+    row_order = RowOrder.INTERLEAVED if has_pairs else RowOrder.PLAIN
+    if isinstance(weight, MXFP4Weight):
+        return prepare(weight.blocks, weight.scales, row_order)
+    return DenseWeight(weight.contiguous(), row_order)
 
 
 def _dequantize(packed: MXFP4Weight) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from headrace.config import ConfigError
 from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig, read_config
+from headrace.models.file_reader import FileReader
 from headrace.models.gpt_oss import GptOss
 from headrace.models.gpt_oss_weights import load_gpt_oss
 from headrace.models.weights import Checkpoint, Progress
 
+GPU_LAYOUT_RATIO = 1.05  # of the checkpoint's bytes: padded columns, and a layer on its way
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,6 +28,10 @@ class Model(Protocol):
     device: torch.device
     dtype: torch.dtype
     kv_layout: KVLayout
+
+    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> None:
+        """Take the memory that the largest step needs; until then every step allocates its own."""
+        ...
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of batch.output_rows, [num_outputs, vocab_size] float32."""
@@ -49,6 +56,26 @@ def load_model(
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype is {dtype}; it must be auto or {' or '.join(_DTYPES)}")
+    if device != "cpu" and dtype == "float32":
+        raise ConfigError("--dtype float32 needs --device cpu; the GPU computes in bfloat16")
     config = read_config(path)
-    checkpoint = Checkpoint(path, device, progress)
-    return GptOss(config, load_gpt_oss(config, checkpoint, _DTYPES[dtype]))
+    if device == "cpu":
+        weights = load_gpt_oss(config, Checkpoint(path, None, progress), _DTYPES[dtype], False)
+        return GptOss(config, weights)
+    with closing(FileReader(torch.device(device))) as reader:
+        checkpoint = Checkpoint(path, reader, progress)
+        _check_memory(checkpoint)
+        weights = load_gpt_oss(config, checkpoint, torch.bfloat16, gpu_layout=True)
+    torch.cuda.empty_cache()  # what is free is the KV cache's
+    return GptOss(config, weights)
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError, before reading, if the GPU can't hold the weights."""
+    free, total = torch.cuda.mem_get_info()
+    if free < checkpoint.num_bytes * GPU_LAYOUT_RATIO:
+        raise ConfigError(
+            f"{checkpoint.path} has {checkpoint.num_bytes / 1e9:.1f} GB of weights, and of the "
+            f"GPU's {total / 1e9:.1f} GB {free / 1e9:.1f} are free; stop what else runs on it, "
+            "or take a smaller model or a larger GPU"
+        )

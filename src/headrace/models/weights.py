@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from headrace.config import ConfigError
+from headrace.models.file_reader import FilePiece, FileReader, PendingTensor
 from headrace.ops import mxfp4
 
 INDEX_NAME = "model.safetensors.index.json"
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
-_FLOATS = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors name -> bytes
-_PACKED = {"U8": 1}
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PACKED = {"U8": torch.uint8}
 
 
 class Checkpoint:
     """The tensors of a checkpoint's root directory; original/ and metal/ are other formats.
 
+    With a reader, tensors are read to its device; without, they are memory-mapped for the CPU.
     Raises ConfigError for a missing or unreadable file, and in `check` for every tensor that is
     missing, unknown, of another shape or of another kind of dtype than the model expects.
     """
 
-    def __init__(self, path: Path, device: str, progress: Progress | None) -> None:
+    def __init__(
+        self, path: Path, reader: FileReader | None = None, progress: Progress | None = None
+    ) -> None:
         self.path = path
+        self._reader = reader
         self._progress = progress
         self._bytes_read = 0
-        self._files = {file: _open(file, device) for file in _shards(path)}
+        self._files = {file: _open(file) for file in _shards(path)}
         self._file_of = {name: f for f in self._files.values() for name in f.keys()}  # noqa: SIM118
         _check_index(path, set(self._file_of))
-        self._bytes_total = sum(self._num_bytes(name) for name in self._file_of)
+        self.num_bytes = sum(self._num_bytes(name) for name in self._file_of)
+        self._pieces = {n: p for file in self._files for n, p in _pieces(file)} if reader else {}
+        self._pending: dict[str, PendingTensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -56,16 +65,29 @@ class Checkpoint:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ConfigError(f"checkpoint {self.path} does not fit its config.json: {shown}{more}")
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Start to read tensors that will be wanted next, in this order."""
+        for name in names:
+            if self._reader and name not in self._pending:
+                self._pending[name] = self._reader.start(self._pieces[name])
+
     def read(self, name: str) -> Tensor:
-        """One tensor, as stored, on the checkpoint's device."""
+        """One tensor, as stored, on the device."""
         try:
-            tensor: Tensor = self._file_of[name].get_tensor(name)
-        except SafetensorError as error:
+            tensor = self._read(name)
+        except (SafetensorError, OSError) as error:
             raise ConfigError(f"tensor {name} of {self.path} cannot be read: {error}") from error
         self._bytes_read += tensor.nbytes
         if self._progress:
-            self._progress(self._bytes_read, self._bytes_total)
+            self._progress(self._bytes_read, self.num_bytes)
         return tensor
+
+    def _read(self, name: str) -> Tensor:
+        if self._reader is None:
+            mapped: Tensor = self._file_of[name].get_tensor(name)
+            return mapped
+        pending = self._pending.pop(name, None) or self._reader.start(self._pieces[name])
+        return pending.wait()
 
     def _mismatch(self, name: str, expected: tuple[int, ...]) -> Iterator[str]:
         header = self._file_of[name].get_slice(name)
@@ -78,7 +100,8 @@ class Checkpoint:
 
     def _num_bytes(self, name: str) -> int:
         header = self._file_of[name].get_slice(name)
-        return prod(header.get_shape()) * (_FLOATS | _PACKED).get(header.get_dtype(), 1)
+        dtype = (_FLOATS | _PACKED).get(header.get_dtype(), torch.uint8)
+        return prod(header.get_shape()) * dtype.itemsize
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
@@ -152,11 +175,27 @@ def _check_index(path: Path, found: set[str]) -> None:
         raise ConfigError(f"{INDEX_NAME} lists tensor {min(lost)}, but its file does not hold it")
 
 
-def _open(file: Path, device: str) -> Any:
+def _open(file: Path) -> Any:
+    """Checks the header and the file's size; reads no tensor."""
     try:
-        return safe_open(file, framework="pt", device=device)
+        return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from error
+
+
+def _pieces(file: Path) -> Iterator[tuple[str, FilePiece]]:
+    """Where the tensors of a file lie: 8 bytes of length, a header in JSON, then the data.
+
+    Tensors of a dtype that no model expects are left out; `check` names them.
+    """
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    for name, entry in header.items():
+        dtype = (_FLOATS | _PACKED).get(entry.get("dtype"))
+        if dtype is not None:
+            start, _ = entry["data_offsets"]
+            yield name, FilePiece(file, 8 + length + start, dtype, tuple(entry["shape"]))
 
 
 def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -1,0 +1,82 @@
+"""The host's side of a batch: rows of many requests, one request after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.engine.request import Request
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """The host's side of a Batch. Block tables lie block by block, so that a table of fewer
+    blocks is the beginning of a larger one."""
+
+    token_ids: np.ndarray  # [num_tokens] int64
+    positions: np.ndarray  # [num_tokens] int64
+    query_start: np.ndarray  # [num_seqs + 1] int32
+    seq_lens: np.ndarray  # [num_seqs] int32
+    output_rows: np.ndarray  # [num_outputs] int64
+    slots: list[np.ndarray]  # [num_groups] of [num_tokens] int64
+    block_tables: list[np.ndarray]  # [num_groups] of [max_blocks, num_seqs] int32, padded with -1
+
+    @staticmethod
+    def of(
+        work: Sequence[tuple[Request, int]], output_rows: Sequence[int], block_size: int
+    ) -> FlatRows:
+        """The rows of (request, number of tokens), one request after the other."""
+        starts = np.array([request.num_computed for request, _ in work])
+        counts = np.array([n for _, n in work])
+        query_start = np.concatenate(([0], counts.cumsum()))
+        positions = np.repeat(starts - query_start[:-1], counts) + np.arange(query_start[-1])
+        blocks, offsets = np.divmod(positions, block_size)
+        seqs = np.repeat(np.arange(len(work)), counts)
+        tables = [
+            block_table([request.block_tables[g] for request, _ in work])
+            for g in range(len(work[0][0].block_tables))
+        ]
+        return FlatRows(
+            token_ids=np.concatenate([request.next_tokens(n) for request, n in work]),
+            positions=positions,
+            query_start=query_start.astype(np.int32),
+            seq_lens=(starts + counts).astype(np.int32),
+            output_rows=np.array(output_rows, dtype=np.int64),
+            slots=[table[blocks, seqs] * np.int64(block_size) + offsets for table in tables],
+            block_tables=tables,
+        )
+
+    @staticmethod
+    def idle(num_seqs: int, num_groups: int) -> FlatRows:
+        """Decode rows that write nothing, of sequences of one token on page 0."""
+        rows = np.arange(num_seqs)
+        return FlatRows(
+            token_ids=rows * 0,
+            positions=rows * 0,
+            query_start=np.arange(num_seqs + 1, dtype=np.int32),
+            seq_lens=np.ones(num_seqs, dtype=np.int32),
+            output_rows=rows,
+            slots=[rows * 0 - 1] * num_groups,
+            block_tables=[np.zeros((1, num_seqs), dtype=np.int32)] * num_groups,
+        )
+
+    def arrays(self) -> list[np.ndarray]:
+        """All arrays, in the order of the fields; the block tables, which vary most, come last."""
+        fixed = [self.token_ids, self.positions, self.query_start, self.seq_lens, self.output_rows]
+        return [*fixed, *self.slots, *self.block_tables]
+
+    @staticmethod
+    def capacities(num_tokens: int, num_seqs: int, max_blocks: int, num_groups: int) -> list[int]:
+        """Bytes that each of the arrays takes at most, with as many outputs as tokens."""
+        fixed = [8 * num_tokens, 8 * num_tokens, 4 * (num_seqs + 1), 4 * num_seqs, 8 * num_tokens]
+        return fixed + num_groups * [8 * num_tokens] + num_groups * [4 * max_blocks * num_seqs]
+
+
+def block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:  # [max_blocks, num_seqs] int32
+    """Pages of each sequence as a column, padded with -1."""
+    padded = np.full((len(tables), max(map(len, tables))), -1, dtype=np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return np.ascontiguousarray(padded.T)

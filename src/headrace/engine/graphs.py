@@ -1,0 +1,50 @@
+"""Captured CUDA graphs: the launches of a decode step as one."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """1 to 7, then four sizes to every doubling; the last is max_rows itself.
+
+    A step in between is padded by at most a quarter.
+    """
+    sizes, step = list(range(1, 8)), 1
+    while sizes[-1] < max_rows:
+        sizes += range(8 * step, 16 * step, 2 * step)
+        step *= 2
+    return sorted({size for size in sizes if size < max_rows} | {max_rows})
+
+
+class Graphs:
+    """One graph for each number of rows, all in one memory pool."""
+
+    def __init__(self) -> None:
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._sizes: Sequence[int] = ()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest captured size that holds so many rows."""
+        i = bisect_left(self._sizes, num_rows)
+        return self._sizes[i] if i < len(self._sizes) else None
+
+    def capture(self, size: int, forward: Callable[[], Tensor]) -> None:
+        """Record what `forward` launches; its inputs must keep their addresses."""
+        forward()  # compiles kernels, which a capture may not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = forward()
+        self._captured[size] = graph, out
+        self._sizes = sorted(self._captured)
+
+    def replay(self, size: int) -> Tensor:
+        """Launch a graph; returns its output, which the next replay overwrites."""
+        graph, out = self._captured[size]
+        graph.replay()
+        return out

@@ -1,0 +1,37 @@
+import pytest
+
+from headrace.engine.graphs import graph_sizes
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 7, 8, 64, 100, 256])
+def test_sizes_hold_every_batch_with_little_padding(max_rows: int) -> None:
+    sizes = graph_sizes(max_rows)
+    assert sizes[-1] == max_rows
+    for rows in range(1, max_rows + 1):
+        padded = min(size for size in sizes if size >= rows)
+        assert padded <= rows * 5 / 4
+
+
+def test_sizes_of_64() -> None:
+    assert graph_sizes(64) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        10,
+        12,
+        14,
+        16,
+        20,
+        24,
+        28,
+        32,
+        40,
+        48,
+        56,
+        64,
+    ]
