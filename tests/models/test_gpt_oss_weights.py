@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,16 @@ from torch import Tensor
 
 from headrace.config import ConfigError
 from headrace.models import load_model
-from headrace.models.config import parse_config
-from headrace.models.gpt_oss_weights import tensor_shapes
-from headrace.models.weights import quantize_experts, read_json, write_checkpoint
+from headrace.models.config import parse_config, read_config
+from headrace.models.file_reader import FileReader
+from headrace.models.gpt_oss_weights import load_gpt_oss, tensor_shapes
+from headrace.models.weights import Checkpoint, quantize_experts, read_json, write_checkpoint
+from headrace.ops.experts import Experts
+from headrace.ops.experts_kernel import DenseWeight
+from headrace.ops.moe import moe_layer, own_buffers
+from headrace.ops.moe_kernel import moe_layer_kernel
 from headrace.ops.mxfp4 import MXFP4Weight
+from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, restore
 from tests.checkpoints import random_checkpoint, random_tensors, tiny_config
 from tests.oracles import stored_tensors
 from tests.paged import logits_of
@@ -125,3 +135,119 @@ def test_tied_embeddings_bring_no_head(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, config, random_tensors(tiny_config(), seed=0))
     with pytest.raises(ConfigError, match=r"unknown tensor lm_head\.weight"):
         load_model(tmp_path)
+
+
+@pytest.fixture
+def reader() -> Iterator[FileReader]:
+    with closing(FileReader(torch.device("cpu"))) as reader:
+        yield reader
+
+
+def gpu_experts(path: Path, reader: FileReader) -> Experts:
+    """The first layer's experts, as they are made for the GPU, read as they are for it."""
+    config = read_config(path)
+    checkpoint = Checkpoint(path, reader)
+    return load_gpt_oss(config, checkpoint, torch.bfloat16, True).layers[0].moe.experts
+
+
+def in_half(experts: Experts) -> Experts:
+    """For Triton's interpreter, which has no bfloat16 arithmetic."""
+    if isinstance(experts.gate_up, PreparedMXFP4):
+        return experts
+    dense = {n: getattr(experts, n) for n in ("gate_up", "down")}
+    return replace(experts, **{n: replace(w, values=w.values.half()) for n, w in dense.items()})
+
+
+@pytest.mark.parametrize("max_shard_bytes", [30_000, 5_000_000])
+def test_read_in_pieces_or_mapped_gives_the_same(
+    tmp_path: Path, reader: FileReader, max_shard_bytes: int
+) -> None:
+    path = random_checkpoint(tmp_path, seed=0, max_shard_bytes=max_shard_bytes)
+    seen: list[tuple[int, int]] = []
+    mapped = Checkpoint(path)
+    read = Checkpoint(path, reader, lambda done, total: seen.append((done, total)))
+    read.prefetch(list(mapped)[:7])
+    assert list(mapped) == list(read)
+    for name in mapped:
+        assert torch.equal(mapped.read(name), read.read(name)), name
+    assert seen[-1] == (read.num_bytes, mapped.num_bytes)
+
+
+def test_prepared_experts_hold_the_numbers_of_the_checkpoint(
+    tmp_path: Path, reader: FileReader
+) -> None:
+    path = random_checkpoint(tmp_path, seed=0, hidden_size=96, intermediate_size=160)
+    experts = gpu_experts(path, reader)
+    stored = load_file(path / "model.safetensors")
+    for proj, order in (("gate_up", RowOrder.INTERLEAVED), ("down", RowOrder.PLAIN)):
+        prepared = getattr(experts, proj)
+        assert isinstance(prepared, PreparedMXFP4)
+        assert prepared.row_order == order
+        blocks, scales = restore(prepared)
+        name = f"model.layers.0.mlp.experts.{proj}_proj"
+        assert torch.equal(blocks, stored[f"{name}_blocks"])
+        assert torch.equal(scales, stored[f"{name}_scales"])
+
+
+def test_dense_experts_are_transposed_for_the_gpu(tmp_path: Path, reader: FileReader) -> None:
+    path = random_checkpoint(tmp_path, seed=0, experts="dense")
+    experts = gpu_experts(path, reader)
+    stored = load_file(path / "model.safetensors")
+    for proj, order in (("gate_up", RowOrder.INTERLEAVED), ("down", RowOrder.PLAIN)):
+        dense = getattr(experts, proj)
+        assert isinstance(dense, DenseWeight)
+        assert dense.row_order == order
+        assert dense.values.is_contiguous()
+        expected = stored[f"model.layers.0.mlp.experts.{proj}_proj"].transpose(1, 2)
+        assert torch.equal(dense.values, expected)
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+def test_the_kernels_compute_what_the_reference_does(
+    tmp_path: Path, reader: FileReader, experts: str
+) -> None:
+    """One layer of experts through the GPU's kernels, against the same checkpoint on the CPU."""
+    path = random_checkpoint(tmp_path, seed=0, experts=experts, num_local_experts=2)
+    layer = load_model(path).weights.layers[0].moe
+    for_gpu = replace(
+        layer,
+        norm=layer.norm.half(),
+        router=layer.router.half(),
+        router_bias=layer.router_bias.half(),
+        experts=in_half(gpu_experts(path, reader)),
+    )
+    h = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).half()
+    out = moe_layer_kernel(h, for_gpu, own_buffers(3, for_gpu, "cpu"), torch.empty_like(h))
+    expected = moe_layer(h.float(), layer)
+    assert (out.float() - expected).norm() < 0.01 * (expected - h.float()).norm()
+    swapped = replace(layer.experts, gate_up=layer.experts.gate_up.flip(1))
+    wrong = moe_layer(h.float(), replace(layer, experts=swapped))
+    assert (out.float() - wrong).norm() > 0.1 * (expected - h.float()).norm()
+
+
+def test_a_damaged_file_is_named_by_the_reader(tmp_path: Path, reader: FileReader) -> None:
+    """The file shrinks after its header was read."""
+    path = random_checkpoint(tmp_path, seed=0)
+    checkpoint = Checkpoint(path, reader)
+    file = path / "model.safetensors"
+    os.truncate(file, 5000)
+    with pytest.raises(
+        ConfigError, match=r"tensor lm_head\.weight of .* cannot be read: .* ends at"
+    ):
+        checkpoint.read("lm_head.weight")
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_on_the_gpu_is_the_one_on_the_cpu(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path, seed=0, hidden_size=128, intermediate_size=256)
+    on_gpu, on_cpu = (load_model(path, device, "bfloat16").weights for device in ("cuda", "cpu"))
+    assert torch.equal(on_gpu.embedding.cpu(), on_cpu.embedding)
+    assert torch.equal(on_gpu.lm_head.cpu(), on_cpu.lm_head)
+    for a, b in zip(on_gpu.layers, on_cpu.layers, strict=True):
+        assert torch.equal(a.qkv.cpu(), b.qkv)
+        assert torch.equal(a.moe.router.cpu(), b.moe.router)
+        for proj in ("gate_up", "down"):
+            blocks, scales = restore(getattr(a.moe.experts, proj))
+            weight = getattr(b.moe.experts, proj)
+            assert torch.equal(blocks.cpu(), weight.blocks)
+            assert torch.equal(scales.cpu(), weight.scales)

@@ -19,7 +19,7 @@ SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
 
 
 def opened(path: Path) -> Checkpoint:
-    return Checkpoint(path, "cpu", None)
+    return Checkpoint(path)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 30, 1000])
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path: Path, max_shard_bytes: int) -> None:
 def test_progress_counts_bytes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {}, TENSORS)
     seen: list[tuple[int, int]] = []
-    checkpoint = Checkpoint(tmp_path, "cpu", lambda done, total: seen.append((done, total)))
+    checkpoint = Checkpoint(tmp_path, None, lambda done, total: seen.append((done, total)))
     for name in ("b.weight", "a.weight", "c_blocks"):
         checkpoint.read(name)
     assert seen == [(8, 48), (32, 48), (48, 48)]
