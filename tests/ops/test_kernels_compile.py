@@ -14,13 +14,15 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headrace.ops import experts_kernel, routing_kernel
+from headrace.ops import experts_kernel, lora_kernel, routing_kernel
 
 CONTEXT = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "y": "*bf16",
            "residual": "*bf16", "summed": "*bf16", "partials": "*fp32", "weights": "*fp32",
-           "slot_weights": "*fp32"}
+           "slot_weights": "*fp32", "memory": "*bf16", "a": "*i64", "b": "*i64",
+           "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
-ALIGNED = {"hidden", "in_features", "out_features", "out_stride"}
+ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
+           "y_stride"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
@@ -33,7 +35,7 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
             signature[name] = types.get(base) or CONTEXT.get(base, "*i32")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name in ALIGNED:
+        if signature[name] != "constexpr" and (name.endswith("_ptr") or name in ALIGNED):
             attrs[(index,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
     source = ASTSource(kernel, signature, constants, attrs)
@@ -53,12 +55,46 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
         "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*0x10", ptx)),
     }
 
-def matmul(capability, mxfp4, first, block_m, block_n, warps, stages):
+LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_ptr", "scale_ptr",
+               "part_stride", "max_rank"]
+
+def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False):
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
-        MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1)
+        MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
+        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=max(16, 1024 // block_m))
+    if not lora:
+        constants |= dict.fromkeys(LORA_TABLES)
     return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
                           stages, weight="*i32" if mxfp4 else "*bf16")
+
+def shrink(capability, experts, block_m, block_r, block_k):
+    constants = dict(
+        TOP_K=4 if experts else 1, GATHER=True, EXPERTS=experts, SLOTS=32, RANK_TILES=64 // block_r,
+        SLICES=1 if block_m == 16 else 4, SLICE_K=768, BLOCK_M=block_m, TALL_M=max(block_m, 64),
+        BLOCK_R=block_r, BLOCK_K=block_k)
+    return compile_kernel(lora_kernel.shrink_kernel, capability, constants,
+                          4 if block_m <= 64 else 8, 3)
+
+def lora_kernels(capability):
+    results = {}
+    for first in (True, False):
+        results[f"mxfp4 lora 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True)
+        results[f"mxfp4 lora 64 {first}"] = matmul(capability, True, first, 64, 128, 8, 3, True)
+    for experts in (True, False):
+        results[f"shrink 16 {experts}"] = shrink(capability, experts, 16, 16, 256)
+        results[f"shrink 64 {experts}"] = shrink(capability, experts, 64, 64, 64)
+    if capability == 90:
+        results["mxfp4 lora 128"] = matmul(capability, True, True, 128, 128, 4, 3, True)
+        results["shrink 128"] = shrink(capability, True, 128, 64, 64)
+    for block_m in (16, 64):
+        results[f"expand {block_m}"] = compile_kernel(
+            lora_kernel.expand_kernel, capability,
+            dict(WIDTHS=(4096, 512, 512), ALIGN=16, SLOTS=32, NUM_PARTS=4, BLOCK_M=block_m,
+                 BLOCK_N=64, BLOCK_R=1024 // block_m))
+    results["embedding"] = compile_kernel(lora_kernel.embedding_shrink_kernel, capability,
+                                          dict(BLOCK_R=64), 2)
+    return results
 
 def all_kernels(capability):
     results = {}
@@ -82,7 +118,7 @@ def all_kernels(capability):
                                            dict(EXPERTS=128, SLOTS=512), 8)
     results["sort place"] = compile_kernel(routing_kernel.sort_place_kernel, capability,
                                            dict(EXPERTS=128, SLOTS=512, CHUNKS=16, BLOCK_M=16), 8)
-    return results
+    return results | lora_kernels(capability)
 
 print(json.dumps(all_kernels(int(sys.argv[1]))))
 """
@@ -107,12 +143,15 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         assert kernel["stack"] == 0, (name, kernel)  # nothing spilled
         assert kernel["registers"] <= 255, (name, kernel)
         assert kernel["shared"] <= shared_limit, (name, kernel)
-    matmuls = [kernel for name, kernel in kernels.items() if name.startswith(("mxfp4", "bf16"))]
+    matmuls = [
+        kernel for name, kernel in kernels.items() if name.startswith(("mxfp4", "bf16", "shrink"))
+    ]
     wanted, other = ("wgmma", "mma") if capability == 90 else ("mma", "wgmma")
     for kernel in matmuls:
         assert kernel[wanted] > 0
         assert kernel[other] == 0
         assert kernel["wide_copies"] > 0  # 16 bytes a thread
     # three programs of the decode kernel on an SM, so that their loads overlap
-    assert kernels["mxfp4 16 True"]["registers"] <= 128
-    assert kernels["mxfp4 16 True"]["shared"] * 3 <= shared_limit
+    for name in ("mxfp4 16 True", "mxfp4 lora 16 True", "mxfp4 lora 16 False"):
+        assert kernels[name]["registers"] <= 128
+        assert kernels[name]["shared"] * 3 <= shared_limit

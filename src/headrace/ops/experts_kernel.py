@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.ops.experts import Activation
-from headrace.ops.lora_kernel import LowRank, add_low_rank, adapters_of_rows, rank_tile
+from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
 from headrace.ops.routing import SortedSlots
 from headrace.ops.tiles import Tile
@@ -79,7 +79,7 @@ def grouped_matmul_kernel(
     blocks_ptr,  # [num_blocks, 4] int32: expert (-1: none), first row, end row
     slot_weights_ptr,  # [num_slots] float32
     slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token
-    parts_ptr,  # [SPLIT_K, 1, num_slots, max_rank] float32
+    parts_ptr,  # [NUM_PARTS, 1, num_slots, max_rank] float32
     memory_ptr,
     b_ptr,  # [1, adapters] int64, and so the next two
     rank_ptr,
@@ -105,7 +105,7 @@ def grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # blocks of rows that share a weight tile while it is in L2
     LORA: tl.constexpr,
-    SPLIT_K: tl.constexpr,  # of the low-rank parts
+    NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
@@ -179,10 +179,12 @@ def grouped_matmul_kernel(
             x_ptrs += BLOCK_K
 
     if LORA:
-        column = _rows_of_tile(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), out_features, ROW_ORDER)
+        column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if ROW_ORDER == 2:
+            column = _rows_of_tile(column, out_features, ROW_ORDER)
         acc = add_low_rank(
-            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank,
-            memory_ptr, b_ptr, rank_ptr, scale_ptr, out_features, SPLIT_K, BLOCK_R,
+            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
+            b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
         )  # fmt: skip
     bias_ptr += expert * out_features
     out_row = slot if SCATTER else row
@@ -298,8 +300,8 @@ def grouped_matmul(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         LORA=low_rank is not None,
-        SPLIT_K=1 if low_rank is None else len(low_rank.parts),
-        BLOCK_R=16 if low_rank is None else rank_tile(low_rank.parts.shape[3]),
+        NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
+        BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts.shape[3], tile.block_m),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

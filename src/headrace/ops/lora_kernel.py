@@ -24,8 +24,8 @@ from headrace.ops.arena import Take
 from headrace.ops.lora import LoraRows, LoraSite
 from headrace.ops.routing import SortedSlots, max_blocks
 
-SPLIT_K = 4  # parts of K that separate programs sum; the expand adds them in order
-DENSE_BLOCK_M = 64  # rows of a block, whatever their number
+NUM_SLICES = 4  # of K: each is summed on its own, then they are added in order
+FEW_ROWS = 1024  # up to so many rows, each slice has a program of its own
 DENSE_BLOCK_N = 64
 _NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
 
@@ -37,12 +37,13 @@ class LowRank:
     site: LoraSite
     memory: Tensor  # LoraWeights.memory
     slot_of_token: Tensor  # [num_tokens] int32, -1: none
-    parts: Tensor  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+    parts: Tensor  # [num_parts, num_segments, num_rows, max_rank] float32
 
 
 def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
-    """The buffer `shrink` writes: num_rows tokens, or (token, expert) pairs."""
-    return take((SPLIT_K, num_segments, num_rows, max_rank), torch.float32)
+    """The buffer of x A^T: num_rows tokens, or (token, expert) pairs."""
+    num_parts = NUM_SLICES if num_rows <= FEW_ROWS else 1
+    return take((num_parts, num_segments, num_rows, max_rank), torch.float32)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def shrink_kernel(
     memory_ptr,
     a_ptr,  # [num_segments, num_slots] int64
     rank_ptr,  # [num_segments, num_slots] int32
-    parts_ptr,  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+    parts_ptr,  # [num_parts, num_segments, num_rows, max_rank] float32
     order_ptr,  # [num_rows] int32: sorted rows
     work_ptr,  # blocks of experts, or starts of adapters
     slot_of_token_ptr,
@@ -92,13 +93,14 @@ def shrink_kernel(
     EXPERTS: tl.constexpr,  # work_ptr holds blocks of experts
     SLOTS: tl.constexpr,  # num_slots, rounded up
     RANK_TILES: tl.constexpr,
+    SLICES: tl.constexpr,  # of K that a program sums
     SLICE_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TALL_M: tl.constexpr,  # rows of a product: BLOCK_M, at least the 64 of one instruction
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """parts[s, segment, row, r] = sum_k x[row, k] A[r, k] over the k of slice s."""
+    """parts[part, segment, row, r] = sum_k x[row, k] A[r, k] over the k of its slices."""
     block = tl.program_id(0)
     segment = tl.program_id(1) // RANK_TILES
     rank_tile = tl.program_id(1) % RANK_TILES
@@ -117,9 +119,7 @@ def shrink_kernel(
     source = pair // TOP_K if GATHER else row
     x_ptrs = x_ptr + source[:, None].to(tl.int64) * in_features
     r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin_k = part * SLICE_K
-    end_k = tl.minimum(begin_k + SLICE_K, in_features)
-    acc = tl.zeros([TALL_M, BLOCK_R], tl.float32)
+    total = tl.zeros([TALL_M, BLOCK_R], tl.float32)
     current = tl.min(adapter, 0)
     while current < _NO_ADAPTER:
         rank = tl.load(rank_ptr + segment * num_slots + current)
@@ -129,18 +129,22 @@ def shrink_kernel(
             a_ptrs = memory_ptr + start + r[None, :] * in_features
             mine = (adapter == current)[:, None]
             in_rank = (r < rank)[None, :]
-            for step in range(begin_k, end_k, BLOCK_K):
-                k = step + tl.arange(0, BLOCK_K)
-                in_k = k < end_k
-                x = tl.load(x_ptrs + k[None, :], mask=mine & in_k[None, :], other=0.0)
-                a = tl.load(a_ptrs + k[:, None], mask=in_rank & in_k[:, None], other=0.0)
-                acc = tl.dot(x, a, acc, input_precision="ieee")
+            for slice_k in range(part * SLICES, (part + 1) * SLICES):
+                acc = tl.zeros([TALL_M, BLOCK_R], tl.float32)
+                end_k = tl.minimum((slice_k + 1) * SLICE_K, in_features)
+                for step in range(slice_k * SLICE_K, end_k, BLOCK_K):
+                    k = step + tl.arange(0, BLOCK_K)
+                    in_k = k < end_k
+                    x = tl.load(x_ptrs + k[None, :], mask=mine & in_k[None, :], other=0.0)
+                    a = tl.load(a_ptrs + k[:, None], mask=in_rank & in_k[:, None], other=0.0)
+                    acc = tl.dot(x, a, acc, input_precision="ieee")
+                total += acc
         adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
     num_segments = tl.num_programs(1) // RANK_TILES
     out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
     out_ptrs = parts_ptr + out_row[:, None] * max_rank + r[None, :]
-    tl.store(out_ptrs, acc, mask=row_mask[:, None] & (r < max_rank)[None, :])
+    tl.store(out_ptrs, total, mask=row_mask[:, None] & (r < max_rank)[None, :])
 
 
 @triton.jit
@@ -148,7 +152,7 @@ def add_low_rank(
     acc,  # [BLOCK_N, BLOCK_M] float32
     adapter,  # [BLOCK_M], from adapters_of_rows
     pair,  # [BLOCK_M]: rows of parts
-    column,  # [BLOCK_N]: columns of B
+    column,  # [BLOCK_N]: columns of B, in the order of acc's rows but for INTERLEAVED
     expert,
     parts_ptr,  # of the segment
     part_stride,
@@ -158,13 +162,15 @@ def add_low_rank(
     rank_ptr,
     scale_ptr,
     width,
-    SPLIT_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr = False,  # acc has columns 2i and 2i + 1 of each 16 in 8 and 8 rows
 ):
     """acc[n, row] += sum_r B[r, n] u[row, r], with u = scale * (sum of parts) rounded to B's dtype.
 
     Adapter after adapter of the rows; the rows of the others count as zeros.
     """
+    BLOCK_N: tl.constexpr = column.shape[0]
     parts_ptrs = parts_ptr + pair[None, :].to(tl.int64) * max_rank
     current = tl.min(adapter, 0)
     while current < _NO_ADAPTER:
@@ -178,9 +184,12 @@ def add_low_rank(
             b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
             mask = mine & (r < rank)
             u = tl.load(parts_ptrs + r, mask=mask, other=0.0)
-            for part in tl.static_range(1, SPLIT_K):
+            for part in tl.static_range(1, NUM_PARTS):
                 u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
             u = (u * scale).to(b.dtype)
+            if INTERLEAVED:
+                b = b.reshape(BLOCK_R, BLOCK_N // 16, 8, 2).permute(0, 1, 3, 2)
+                b = b.reshape(BLOCK_R, BLOCK_N)
             acc = tl.dot(tl.trans(b), u, acc, input_precision="ieee")
         adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
@@ -194,7 +203,7 @@ def expand_kernel(
     b_ptr,  # [num_segments, num_slots] int64
     rank_ptr,  # [num_segments, num_slots] int32
     scale_ptr,  # [num_segments, num_slots] float32
-    parts_ptr,  # [SPLIT_K, num_segments, num_rows, max_rank] float32
+    parts_ptr,  # [NUM_PARTS, num_segments, num_rows, max_rank] float32
     order_ptr,  # [num_rows] int32: rows sorted by adapter
     starts_ptr,  # [num_slots + 1] int32
     slot_of_row_ptr,
@@ -205,7 +214,7 @@ def expand_kernel(
     WIDTHS: tl.constexpr,  # of the segments
     ALIGN: tl.constexpr,  # divides all of them
     SLOTS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -231,7 +240,7 @@ def expand_kernel(
         tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, work,
         parts_ptr + segment.to(tl.int64) * num_rows * max_rank,
         len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
-        b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, SPLIT_K, BLOCK_R,
+        b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, NUM_PARTS, BLOCK_R,
     )  # fmt: skip
     y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
     mask = (first + place < end)[None, :] & (column < width)[:, None]
@@ -296,9 +305,10 @@ def add_lora_kernel(
     parts: Tensor,  # from low_rank_parts
 ) -> Tensor:
     """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y."""
-    num_blocks = max_blocks(len(x), site.rank.shape[1], DENSE_BLOCK_M)
+    block_m = _dense_block_m(len(x))
+    num_blocks = max_blocks(len(x), site.rank.shape[1], block_m)
     _shrink(
-        x, site, memory, rows.slot_of_row, rows.order, rows.starts, num_blocks, DENSE_BLOCK_M, 1,
+        x, site, memory, rows.slot_of_row, rows.order, rows.starts, num_blocks, block_m, 1,
         True, False, parts,
     )  # fmt: skip
     return _expand(y, site, memory, rows, parts)
@@ -339,19 +349,20 @@ def _shrink(
     _check(x, site, memory, len(order), parts)
     if num_blocks == 0:
         return
-    split, num_segments, num_rows, max_rank = parts.shape
+    num_parts, num_segments, num_rows, max_rank = parts.shape
     num_slots = site.rank.shape[1]
-    # few rows: narrow tiles, so that more programs read A; the sums are the same
-    block_r = rank_tile(max_rank) if num_rows > 512 else 16
+    block_r = _shrink_tile(num_blocks * num_segments * num_parts, max_rank)
     rank_tiles = triton.cdiv(max_rank, block_r)
-    shrink_kernel[(num_blocks, num_segments * rank_tiles, split)](
+    block_k = 256 if block_r == 16 and block_m <= 64 else 64
+    shrink_kernel[(num_blocks, num_segments * rank_tiles, num_parts)](
         x, memory, site.a, site.rank, parts, order, work, slot_of_token,
         num_rows, num_slots, site.in_features, max_rank,
         TOP_K=top_k, GATHER=gather, EXPERTS=experts,
         SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
-        SLICE_K=triton.cdiv(triton.cdiv(site.in_features, split), 128) * 128,
-        BLOCK_M=block_m, TALL_M=max(block_m, 64), BLOCK_R=block_r, BLOCK_K=128,
-        num_warps=4 if block_m <= 128 else 8, num_stages=3,
+        SLICES=NUM_SLICES // num_parts,
+        SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
+        BLOCK_M=block_m, TALL_M=max(block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k,
+        num_warps=4 if block_m <= 64 else 8, num_stages=3,
     )  # fmt: skip
 
 
@@ -362,23 +373,36 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, rows: LoraRows, parts: Te
             f"{(len(rows.order), sum(site.widths))}"
         )
     num_slots, max_rank = site.rank.shape[1], parts.shape[3]
-    num_blocks = max_blocks(len(y), num_slots, DENSE_BLOCK_M)
+    block_m = _dense_block_m(len(y))
+    num_blocks = max_blocks(len(y), num_slots, block_m)
     if num_blocks:
         grid = (num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), len(site.widths))
         expand_kernel[grid](
             y, memory, site.b, site.rank, site.scale, parts, rows.order, rows.starts,
             rows.slot_of_row, len(y), num_slots, max_rank, y.stride(0),
             WIDTHS=site.widths, ALIGN=math.gcd(16, *site.widths),
-            SLOTS=triton.next_power_of_2(num_slots), SPLIT_K=len(parts),
-            BLOCK_M=DENSE_BLOCK_M, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank),
+            SLOTS=triton.next_power_of_2(num_slots), NUM_PARTS=len(parts),
+            BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank, block_m),
             num_warps=4,
         )  # fmt: skip
     return y
 
 
-def rank_tile(max_rank: int) -> int:
-    """Rank-1 terms of one step of a product."""
-    return min(max(triton.next_power_of_2(max_rank), 16), 64)
+def _dense_block_m(num_rows: int) -> int:
+    return 16 if num_rows <= 128 else 64
+
+
+def _shrink_tile(num_programs: int, max_rank: int) -> int:
+    """Rows of A that a program takes; few where programs are few, for the sums are the same."""
+    block_r = rank_tile(max_rank, 16)
+    while block_r > 16 and num_programs * triton.cdiv(max_rank, block_r) < 264:  # two an SM
+        block_r //= 2
+    return block_r
+
+
+def rank_tile(max_rank: int, block_m: int) -> int:
+    """Rank-1 terms of one step of a product with B: fewer where many rows fill the registers."""
+    return min(max(triton.next_power_of_2(max_rank), 16), max(1024 // block_m, 16), 64)
 
 
 def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tensor) -> None:
@@ -389,9 +413,9 @@ def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tens
         )
     if x.dtype != memory.dtype:
         raise ValueError(f"x is {x.dtype} and the adapters are {memory.dtype}; use one dtype")
-    wanted = (SPLIT_K, len(site.widths), num_rows)
-    if tuple(parts.shape[:3]) != wanted or parts.dtype != torch.float32:
+    wanted = (len(site.widths), num_rows)
+    if NUM_SLICES % len(parts) or tuple(parts.shape[1:3]) != wanted or parts.dtype != torch.float32:
         raise ValueError(
             f"parts is {tuple(parts.shape)} {parts.dtype}; take it from low_rank_parts for "
-            f"{wanted[1]} segments and {num_rows} rows"
+            f"{wanted[0]} segments and {num_rows} rows"
         )
