@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from headrace.bench.cases_linear import LAYERS
+from headrace.bench.tune_linear import SIZES, LinearTuneRow, candidates, fastest
+from headrace.ops.linear_tiles import LinearProblem, choose
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("num_tokens", SIZES)
+def test_candidates(layer, num_tokens):
+    problem = LinearProblem(num_tokens, layer.out_features, layer.in_features)
+    tiles = candidates(problem)
+    assert tiles[0] == choose(problem)
+    assert len(set(tiles)) == len(tiles) > 5
+    assert {tile.tma for tile in tiles} == {False, True}
+
+
+def test_fastest():
+    timed = [("qkv", 1, 9.0, 3), ("qkv", 1, 8.0, 5), ("output", 1, 7.0, 3), ("qkv", 2, 9.5, 3)]
+    rows = [
+        LinearTuneRow(layer, m, "linear", us, 1.0, 1.0, num_stages=stages)
+        for layer, m, us, stages in timed
+    ]
+    assert fastest(rows) == rows[1:]

@@ -1,0 +1,32 @@
+import pytest
+
+from headrace.ops.linear_tiles import LinearProblem, choose
+
+SIZES = (1, 16, 17, 64, 128, 129, 512, 2048, 16384)
+
+
+@pytest.mark.parametrize("num_tokens", SIZES)
+@pytest.mark.parametrize("out_features", [1, 33, 512, 2880, 5120, 201088])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_the_tile_fits(num_tokens, out_features, shared_memory):
+    tile = choose(LinearProblem(num_tokens, out_features, 2880, shared_memory=shared_memory))
+    assert tile.block_m >= 16  # 8 columns would be another matrix instruction
+    assert tile.block_n >= 64
+    assert 0 < tile.rows <= tile.block_n
+    assert tile.num_stages >= 2
+    stage = (tile.block_m + tile.block_n) * tile.block_k * 2
+    assert stage * tile.num_stages < shared_memory
+
+
+def test_few_tokens_use_every_sm_once():
+    for out_features in (5120, 2880):
+        tile = choose(LinearProblem(1, out_features, 2880))
+        assert 0.9 * 132 < out_features / tile.rows <= 132
+
+
+def test_tma_only_where_it_can_read():
+    assert choose(LinearProblem(1, 5120, 2880)).tma
+    assert not choose(LinearProblem(1, 5120, 2880, has_tma=False)).tma
+    assert not choose(LinearProblem(1, 5120, 2884)).tma  # rows of 16 bytes
+    assert not choose(LinearProblem(1, 5128, 2880)).tma  # 40 rows a program: the last has less
+    assert choose(LinearProblem(1000, 5128, 2880)).tma
