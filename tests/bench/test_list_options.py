@@ -35,4 +35,4 @@ def test_lists_are_spread(args: str, shown: str) -> None:
 
 
 def test_what_takes_one_value_takes_one() -> None:
-    assert CliRunner().invoke(app, "x --size 3 4".split()).exit_code == 2
+    assert CliRunner().invoke(app, ["x", "--size", "3", "4"]).exit_code == 2
