@@ -59,6 +59,14 @@ def rope_cos_sin(
 
     Returns two [num_tokens, 1, head_dim / 2] float32, for any number of heads.
     """
+    if positions.is_cuda:
+        # Triton may be missing where there is no GPU
+        from headrace.ops import rope_kernel
+
+        if out is None:
+            shape = (len(positions), 1, len(inv_freq))
+            out = inv_freq.new_empty(shape), inv_freq.new_empty(shape)
+        return rope_kernel.rope_cos_sin(positions, inv_freq, attention_factor, out)
     angles = (positions.unsqueeze(-1) * inv_freq).unsqueeze(1)
     cos, sin = (torch.empty_like(angles), torch.empty_like(angles)) if out is None else out
     torch.cos(angles, out=cos).mul_(attention_factor)
@@ -71,12 +79,24 @@ def rope_and_cache(
     cos: Tensor,  # [num_tokens, 1, head_dim / 2] float32
     sin: Tensor,  # [num_tokens, 1, head_dim / 2] float32
     kv_cache: Tensor,  # [2 (k, v), num_pages, block_size, num_kv_heads, head_dim], written in place
-    slots: Tensor,  # [num_tokens] int64: page * block_size + offset
+    slots: Tensor,  # [num_tokens] int64: page * block_size + offset; -1: k and v go nowhere
     num_heads: int,
     num_kv_heads: int,
     out: Tensor | None = None,  # [num_tokens, num_heads, head_dim]
 ) -> Tensor:
-    """Rotate q and k; k and v go to their slots of the cache. Returns the rotated q."""
+    """Rotate q and k as apply_rope; k and v go to their slots of the cache. Returns the rotated q.
+
+    Tokens with the same slot must have the same k and v. Raises ValueError for what the GPU's
+    kernel does not take.
+    """
+    if qkv.is_cuda:
+        from headrace.ops import rope_kernel
+
+        if out is None:
+            out = qkv.new_empty(len(qkv), num_heads, kv_cache.shape[-1])
+        return rope_kernel.rope_and_cache(
+            qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, out
+        )
     heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
     # q and k turn together: their heads lie side by side
     qk = apply_rope(heads[:, : num_heads + num_kv_heads], cos, sin)
