@@ -186,7 +186,7 @@ def plot(rows: Sequence[SweepRow], curves: Curves, label: str) -> str:
         kind = f"{adapters} adapters" if adapters else "base"
         for name, value in curves.items():
             mine = [(r.users, value(r)) for r in rows if r.adapters == adapters]
-            known = [(x, y) for x, y in mine if y is not None]
+            known = [(x, y) for x, y in mine if y]  # logarithmic axes have no 0
             if known:
                 points[f"({name}, {kind})" if name else kind] = known
     return to_svg(plot_curves(points, "users", label))

@@ -1,0 +1,85 @@
+"""headrace bench sweep on the bundled model, from the server's start to its stop."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from headrace.bench import sweep as module
+from headrace.bench.commands import app
+from headrace.bench.server_process import is_healthy, running_server
+from headrace.bench.sweep import Sweep, lora_flags, parse_users
+from headrace.cli import BUNDLED_MODEL
+from headrace.config import ConfigError
+
+ADAPTERS = BUNDLED_MODEL.parent / "adapters"
+
+
+def test_a_sweep_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_PROMPTS", 2)
+    flags = ["--users", "1,2", "--input-len", "12", "--output-len", "3"]
+    flags += ["--prompts-per-user", "1", "--out", str(tmp_path)]
+    flags += ["--serve-args", "--device cpu --kv-cache-memory 16000000"]
+    result = CliRunner().invoke(app, ["sweep", str(BUNDLED_MODEL), *flags])
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "serve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "users", "input_len", "output_len", "adapters",
+        "output_tok_s", "mean_ttft_ms", "median_ttft_ms", "mean_tpot_ms",
+    ]  # fmt: skip
+    assert [(r["users"], r["input_len"], r["output_len"], r["adapters"]) for r in rows] == [
+        ("1", "12", "3", "0"),
+        ("2", "12", "3", "0"),
+    ]
+    for row in rows:
+        # a user's 3 tokens take the first one's time and twice the others'
+        seconds = (float(row["mean_ttft_ms"]) + 2 * float(row["mean_tpot_ms"])) / 1000
+        assert 0 < float(row["output_tok_s"]) <= 1.05 * int(row["users"]) * 3 / seconds
+    assert (tmp_path / "serve.html").read_text().count("<svg") == 3
+    assert "1 users, 12 in / 3 out, 0 adapters" in result.output
+
+
+def test_a_server_that_does_not_start_shows_its_log() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"did not start:\n.*max_num_seqs|max-num-seqs"),
+        running_server(BUNDLED_MODEL, ["--max-num-seqs", "0"], start_timeout=60),
+    ):
+        pytest.fail("it runs")
+
+
+def test_the_server_is_stopped_when_the_measurement_fails() -> None:
+    urls = []
+    with pytest.raises(ZeroDivisionError):
+        fail_beside_a_server(urls)
+    assert not is_healthy(urls[0])
+
+
+def fail_beside_a_server(urls: list[str]) -> None:
+    with running_server(BUNDLED_MODEL, ["--device", "cpu"], start_timeout=60) as url:
+        assert is_healthy(url)
+        urls.append(url)
+        raise ZeroDivisionError
+
+
+def test_adapters_become_the_servers_flags() -> None:
+    modules = tuple(f"{name}={ADAPTERS / name}" for name in ("reverse", "subtract"))
+    sweep = Sweep(BUNDLED_MODEL, (1,), 8, 8, 1, modules, "", 1)
+    assert sweep.rank == 8
+    assert lora_flags(modules, 8) == [
+        "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8",
+        f"--lora-modules=reverse={ADAPTERS / 'reverse'}",
+        f"--lora-modules=subtract={ADAPTERS / 'subtract'}",
+    ]  # fmt: skip
+    assert lora_flags((), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("users", "modules"), [("1,x", ()), ("0", ()), ("", ()), ("1", ("a",)), ("1", ("a=/none",))]
+)
+def test_wrong_flags_are_refused(users: str, modules: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"--users|--lora-modules"):
+        Sweep(BUNDLED_MODEL, parse_users(users), 8, 8, 1, modules, "", 1)
