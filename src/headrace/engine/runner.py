@@ -16,7 +16,7 @@ from headrace.engine.graphs import Graphs, graph_sizes
 from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
-from headrace.ops.attention_plan import AttentionPlan, plan_attention, plan_shape
+from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_attention, plan_shape
 
 
 class Runner:
@@ -118,9 +118,10 @@ class Runner:
             config.max_num_seqs,
             layout.num_heads,
             layout.num_kv_heads,
+            layout.head_dim,
+            torch.cuda.get_device_properties(device).multi_processor_count,
         )
-        words = torch.zeros(shape.num_words, dtype=torch.int32, device=device)
-        return AttentionPlan(words, shape, window)
+        return empty_plan(shape, window, device)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -151,7 +151,8 @@ def attention_kernel(
     part_total_ptr,
     out_ptr,  # [num_tokens, num_heads, head_dim]
     counters_start,  # in words
-    table_stride,
+    seq_stride,  # of the table
+    block_stride,
     value_offset,  # elements from k to v
     scale_log2,  # scale * log2(e)
     window,
@@ -174,7 +175,7 @@ def attention_kernel(
         kv_head = work % NUM_KV_HEADS
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
         position = tl.load(item_ptr + _POSITION)
-        table_row_ptr = table_ptr + tl.load(item_ptr + _SEQ).to(tl.int64) * table_stride
+        table_row_ptr = table_ptr + tl.load(item_ptr + _SEQ).to(tl.int64) * seq_stride
         first_block = tl.load(item_ptr + _FIRST_BLOCK)
         end_block = tl.load(item_ptr + _END_BLOCK)
         # the sink counts once: here, or when the parts are merged
@@ -198,7 +199,9 @@ def attention_kernel(
         k_ptr = cache_ptr + kv_head * HEAD_DIM
         key = first_block * KEYS + tl.arange(0, KEYS)
         page = tl.load(
-            table_row_ptr + key // PAGE, mask=(key >= first_key) & (key < end_key), other=0
+            table_row_ptr + key // PAGE * block_stride,
+            mask=(key >= first_key) & (key < end_key),
+            other=0,
         )
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
@@ -211,7 +214,9 @@ def attention_kernel(
             v = tl.load(k_ptrs + value_offset + column, mask=key_mask[:, None], other=0.0)
             # ready when the next keys are asked for
             next_key = key + KEYS
-            page = tl.load(table_row_ptr + next_key // PAGE, mask=next_key < end_key, other=0)
+            page = tl.load(
+                table_row_ptr + next_key // PAGE * block_stride, mask=next_key < end_key, other=0
+            )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if WINDOWED:
                 age = row_position[:, None] - key[None, :]
@@ -284,7 +289,7 @@ def paged_attention(
     attention_kernel[(shape.num_programs,)](
         q, kv_cache, block_table, sinks, plan.words,
         plan.part_acc, plan.part_m, plan.part_total, out,
-        shape.counters_start, block_table.stride(0), kv_cache.stride(0), scale * LOG2_E,
+        shape.counters_start, block_table.stride(0), block_table.stride(1), kv_cache.stride(0), scale * LOG2_E,
         plan.window,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
@@ -323,10 +328,10 @@ def _check(
     for name, size in (("block_size", kv_cache.shape[2]), ("head_dim", q.shape[2])):
         if size & (size - 1) or (name == "head_dim" and size < 16):
             raise ValueError(f"{name} is {size}; the kernel needs a power of two (head_dim >= 16)")
-    if block_table.dim() != 2 or block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+    if block_table.dim() != 2 or block_table.dtype != torch.int32:
         raise ValueError(
-            f"block_table is {block_table.dtype} {tuple(block_table.shape)}, strides "
-            f"{block_table.stride()}; pass int32 [num_seqs, max_blocks] with adjacent blocks"
+            f"block_table is {block_table.dtype} {tuple(block_table.shape)}; pass int32 "
+            "[num_seqs, max_blocks]"
         )
     if tuple(sinks.shape) != heads[:1] or not sinks.is_contiguous():
         raise ValueError(f"sinks have shape {tuple(sinks.shape)}; q needs contiguous {heads[:1]}")
