@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from headrace.ops.attention_plan import AttentionPlan
+from headrace.ops.lora import LoraBatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Batch:
     kv_cache: tuple[Tensor, ...]
     # [max_num_seqs] int64: what the step before sampled; None if every token id is known
     sampled: Tensor | None = None
+    lora: LoraBatch | None = None  # None: no row has an adapter
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig
 from headrace.ops.arena import Arena, ArenaSize, Take
 from headrace.ops.attention import paged_attention
-from headrace.ops.embedding import embed
+from headrace.ops.embedding import embed, known
 from headrace.ops.linear import linear
+from headrace.ops.lora import LoraBuffers, LoraStep, lora_buffers
 from headrace.ops.moe import MoEBuffers, MoEWeights, moe_buffers, moe_layer
 from headrace.ops.norm import rms_norm
 from headrace.ops.rope import (
@@ -63,6 +64,7 @@ class StepBuffers:
     moe: MoEBuffers | None  # on the GPU
     outputs: Tensor  # [num_outputs, hidden]
     logits: Tensor  # [num_outputs, vocab_size] float32
+    lora: LoraBuffers
 
 
 class GptOss:
@@ -78,9 +80,11 @@ class GptOss:
         self._inv_freq = inv_freq.to(self.device)
         self._arena: Arena | None = None
         self._counters = routing_counters(0, self.device)
+        self._max_lora_rank = 0
 
-    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> None:
+    def reserve(self, max_num_tokens: int, max_num_outputs: int, max_lora_rank: int = 0) -> None:
         """Take the memory of the largest step; steps don't allocate from now on."""
+        self._max_lora_rank = max_lora_rank
         self._counters = routing_counters(max_num_tokens, self.device)
         num_bytes = 0
         # fewer tokens may take more in places: other tiles
@@ -98,14 +102,20 @@ class GptOss:
         """
         buffers = self._step_buffers(len(batch.token_ids), len(batch.output_rows))
         h = embed(batch.token_ids, self.weights.embedding, batch.sampled, out=buffers.hidden)
+        lora = LoraStep(batch.lora, buffers.lora) if batch.lora else None
+        if lora:
+            lora.add_to_embedding(h, known(batch.token_ids, batch.sampled))
         rope = buffers.cos, buffers.sin
         rope_cos_sin(batch.positions, self._inv_freq, self._attention_factor, out=rope)
         for i, layer in enumerate(self.weights.layers):
-            self._attention(i, layer, h, batch, buffers)
-            moe_layer(h, layer.moe, buffers.moe, out=h)
+            self._attention(i, layer, h, batch, buffers, lora)
+            moe_layer(h, layer.moe, buffers.moe, out=h, lora=lora.moe(i) if lora else None)
         x = torch.index_select(h, 0, batch.output_rows, out=buffers.outputs)
         rms_norm(x, self.weights.norm, self.config.rms_norm_eps, out=x)
-        return linear(x, self.weights.lm_head, out=buffers.logits)
+        logits = linear(x, self.weights.lm_head, out=buffers.logits)
+        if lora:
+            lora.add_to_lm_head(logits, x)
+        return logits
 
     def _attention(
         self,
@@ -114,12 +124,15 @@ class GptOss:
         h: Tensor,  # [num_tokens, hidden], changed in place
         batch: Batch,
         buffers: StepBuffers,
+        lora: LoraStep | None,
     ) -> None:
         """h += attention(rms_norm(h)) W_o^T + b_o."""
         config, kv_cache = self.config, batch.kv_cache[i]
         group = batch.groups[self.kv_layout.group_of_layer[i]]
         x = rms_norm(h, layer.attention_norm, config.rms_norm_eps, out=buffers.normed)
         qkv = linear(x, layer.qkv, layer.qkv_bias, out=buffers.qkv)
+        if lora:
+            lora.add_to_qkv(i, qkv, x)
         q = rope_and_cache(
             qkv,
             buffers.cos,
@@ -142,7 +155,10 @@ class GptOss:
             plan=group.plan,
             out=buffers.attended,
         )
-        linear(attended.flatten(1), layer.output, layer.output_bias, residual=h, out=h)
+        x = attended.flatten(1)
+        linear(x, layer.output, layer.output_bias, residual=h, out=h)
+        if lora:
+            lora.add_to_output(i, h, x)
 
     def _step_buffers(self, num_tokens: int, num_outputs: int) -> StepBuffers:
         if self._arena is None:
@@ -159,6 +175,9 @@ class GptOss:
         qkv_heads = num_heads + 2 * config.num_key_value_heads
         moe = self.weights.layers[0].moe
         rope = num_tokens, 1, head_dim // 2
+        lora = LoraBuffers()
+        if self._on_gpu and self._max_lora_rank:
+            lora = lora_buffers(take, num_tokens, num_outputs, moe.top_k, self._max_lora_rank)
         return StepBuffers(
             hidden=take((num_tokens, config.hidden_size), dtype),
             normed=take((num_tokens, config.hidden_size), dtype),
@@ -170,6 +189,7 @@ class GptOss:
             moe=moe_buffers(take, num_tokens, moe, self._counters) if self._on_gpu else None,
             outputs=take((num_outputs, config.hidden_size), dtype),
             logits=take((num_outputs, config.vocab_size), torch.float32),
+            lora=lora,
         )
 
     @property

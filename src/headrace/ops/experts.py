@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.ops.linear import linear
+from headrace.ops.lora import MoELora, add_expert_lora
 from headrace.ops.mxfp4 import MXFP4Weight
 
 if TYPE_CHECKING:  # Triton may be missing where there is no GPU
@@ -48,6 +49,7 @@ def moe(
     expert_ids: Tensor,  # [num_tokens, top_k] int64
     expert_weights: Tensor,  # [num_tokens, top_k] float32
     experts: Experts,
+    lora: MoELora | None = None,
 ) -> Tensor:
     """y = sum_k weight_k (W_down act(W_gate_up x + b_gate_up) + b_down) over the chosen experts.
 
@@ -57,12 +59,18 @@ def moe(
     flat_ids = expert_ids.flatten()
     order = flat_ids.argsort(stable=True)  # (token, k) slots, those of one expert together
     counts = flat_ids.bincount(minlength=len(experts.down_bias)).tolist()
-    hidden = grouped_linear(x[order // top_k], counts, experts.gate_up, experts.gate_up_bias)
+    x_sorted = x[order // top_k]
+    hidden = grouped_linear(x_sorted, counts, experts.gate_up, experts.gate_up_bias)
+    if lora is not None:
+        owner = flat_ids[order], lora.rows.slot_of_row[order // top_k]
+        add_expert_lora(hidden, x_sorted, *owner, lora.layer.gate_up, lora.memory)
     if experts.activation == Activation.SWIGLU_OAI:
         hidden = swiglu(hidden, experts.alpha, experts.limit)
     else:
         hidden = silu_and_mul(hidden)
     sorted_out = grouped_linear(hidden, counts, experts.down, experts.down_bias)
+    if lora is not None:
+        add_expert_lora(sorted_out, hidden, *owner, lora.layer.down, lora.memory)
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
     weighted = out.unflatten(0, (num_tokens, top_k)) * expert_weights.unsqueeze(-1)

@@ -15,12 +15,13 @@ tables, on the stream of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headrace.ops.arena import Take
 from headrace.ops.linear import linear
 
 ALIGNMENT = 128  # elements: every A and every B begins at a multiple of it in the memory
@@ -86,6 +87,29 @@ class LoraRows:
 
 
 @dataclass(frozen=True)
+class LoraBuffers:
+    """Where the GPU keeps x A^T, in parts: float32, [num_parts, num_segments, num_rows, max_rank].
+
+    All layers of a step may share it, and with it all of their sites. The CPU needs none.
+    """
+
+    tokens: Tensor | None = None  # one segment, a row per token
+    qkv: Tensor | None = None  # three segments
+    pairs: Tensor | None = None  # a row per (token, expert) pair
+    outputs: Tensor | None = None  # a row per row of logits
+
+
+@dataclass(frozen=True)
+class MoELora:
+    """What adapters change in one MoE layer (`headrace.ops.moe.moe_layer`) of a step."""
+
+    layer: LoraLayer
+    memory: Tensor  # LoraWeights.memory
+    rows: LoraRows  # of the tokens
+    buffers: LoraBuffers
+
+
+@dataclass(frozen=True)
 class LoraBatch:
     """What a step needs beside the base model; None in its place: no row has an adapter."""
 
@@ -94,17 +118,71 @@ class LoraBatch:
     outputs: LoraRows  # of batch.output_rows, for the LM head
 
 
+@dataclass(frozen=True)
+class LoraStep:
+    """One step's deltas, for a model's forward to add where they belong."""
+
+    batch: LoraBatch
+    buffers: LoraBuffers
+
+    def add_to_embedding(self, h: Tensor, token_ids: Tensor) -> None:
+        """To the rows of the embedding, in place."""
+        weights, parts = self.batch.weights, self.buffers.tokens
+        rows = self.batch.tokens
+        add_lora_embedding(h, token_ids, weights.embedding, weights.memory, rows, parts)
+
+    def add_to_qkv(self, layer: int, qkv: Tensor, x: Tensor) -> None:
+        """To q, k and v side by side, in place, before they turn."""
+        site, parts = self.batch.weights.layers[layer].qkv, self.buffers.qkv
+        add_lora(qkv, x, site, self.batch.weights.memory, self.batch.tokens, parts)
+
+    def add_to_output(self, layer: int, h: Tensor, x: Tensor) -> None:
+        """To what attention adds to the residual stream, in place."""
+        site, parts = self.batch.weights.layers[layer].output, self.buffers.tokens
+        add_lora(h, x, site, self.batch.weights.memory, self.batch.tokens, parts)
+
+    def moe(self, layer: int) -> MoELora:
+        """What `headrace.ops.moe.moe_layer` takes."""
+        weights = self.batch.weights
+        return MoELora(weights.layers[layer], weights.memory, self.batch.tokens, self.buffers)
+
+    def add_to_lm_head(self, logits: Tensor, x: Tensor) -> None:
+        """To the logits, in place."""
+        weights, parts = self.batch.weights, self.buffers.outputs
+        add_lora(logits, x, weights.lm_head, weights.memory, self.batch.outputs, parts)
+
+
+def lora_buffers(
+    take: Take, num_tokens: int, num_outputs: int, top_k: int, max_rank: int
+) -> LoraBuffers:
+    """Buffers of a step on the GPU."""
+    from headrace.ops.lora_kernel import low_rank_parts
+
+    return LoraBuffers(
+        tokens=low_rank_parts(take, 1, num_tokens, max_rank),
+        qkv=low_rank_parts(take, 3, num_tokens, max_rank),
+        pairs=low_rank_parts(take, 1, num_tokens * top_k, max_rank),
+        outputs=low_rank_parts(take, 1, num_outputs, max_rank),
+    )
+
+
 def add_lora(
     y: Tensor,  # [num_rows, sum(widths)], changed in place
     x: Tensor,  # [num_rows, in_features]
     site: LoraSite,
     memory: Tensor,  # LoraWeights.memory
     rows: LoraRows,
+    parts: Tensor | None = None,  # of LoraBuffers, on the GPU
 ) -> Tensor:
     """y += scale (x A^T) B for the rows with an adapter, each segment in its columns.
 
     Returns y. A row's result does not depend on the rows beside it.
     """
+    if y.is_cuda:
+        from headrace.ops.lora_kernel import add_lora_kernel
+
+        parts = _own_parts(site, len(x), memory.device) if parts is None else parts
+        return add_lora_kernel(y, x, site, memory, rows, parts)
     for slot, chosen in _rows_of_slots(rows):
         begin = 0
         for segment, width in enumerate(site.widths):
@@ -122,8 +200,14 @@ def add_lora_embedding(
     site: LoraSite,
     memory: Tensor,
     rows: LoraRows,
+    parts: Tensor | None = None,  # of LoraBuffers, on the GPU
 ) -> Tensor:
     """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
+    if y.is_cuda:
+        from headrace.ops.lora_kernel import add_lora_embedding_kernel
+
+        parts = _own_parts(site, len(y), memory.device) if parts is None else parts
+        return add_lora_embedding_kernel(y, token_ids, site, memory, rows, parts)
     for slot, chosen in _rows_of_slots(rows):
         if int(site.rank[0, slot]):
             a, b = _factors(site, memory, 0, slot, 0)
@@ -152,6 +236,16 @@ def add_expert_lora(
             shrunk = _shrink(x[chosen], a, site.scale[0, slot])
             _expand(y, chosen, shrunk, b)
     return y
+
+
+def _own_parts(site: LoraSite, num_rows: int, device: torch.device) -> Tensor:
+    """A buffer outside any arena; asks the device for the largest rank."""
+    from headrace.ops.lora_kernel import low_rank_parts
+
+    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    return low_rank_parts(take, len(site.widths), num_rows, int(site.rank.max()))
 
 
 def _rows_of_slots(rows: LoraRows) -> Iterator[tuple[int, Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.ops.arena import Take
 from headrace.ops.experts import Experts, moe
+from headrace.ops.lora import MoELora
 from headrace.ops.norm import rms_norm
 from headrace.ops.routing import RoutingBuffers, route, routing_buffers, routing_counters
 from headrace.ops.tiles import MoETiles, Problem, choose
@@ -71,8 +72,11 @@ def moe_layer(
     weights: MoEWeights,
     buffers: MoEBuffers | None = None,
     out: Tensor | None = None,  # [num_tokens, hidden]
+    lora: MoELora | None = None,
 ) -> Tensor:
     """h + sum_k weight_k expert_k(rms_norm(h)), over the top_k experts of each token.
+
+    Adapters change the router's logits, gate_up before the activation and down before the weight.
 
     On the GPU the experts' weights are PreparedMXFP4 or DenseWeight. Without buffers and out it
     allocates its own. Raises ValueError for wrong shapes, dtypes and layouts.
@@ -80,14 +84,16 @@ def moe_layer(
     if h.is_cuda:
         from headrace.ops.moe_kernel import moe_layer_kernel
 
+        if lora is not None:
+            raise NotImplementedError("adapters in the expert layers on the GPU")
         if buffers is None:
             buffers = own_buffers(len(h), weights, h.device)
         return moe_layer_kernel(h, weights, buffers, torch.empty_like(h) if out is None else out)
     x = rms_norm(h, weights.norm, weights.eps)
     ids, routing_weights = route(
-        x, weights.router, weights.router_bias, weights.top_k, weights.renormalize
+        x, weights.router, weights.router_bias, weights.top_k, weights.renormalize, lora
     )
-    return torch.add(h, moe(x, ids, routing_weights, weights.experts), out=out)
+    return torch.add(h, moe(x, ids, routing_weights, weights.experts, lora), out=out)
 
 
 def own_buffers(

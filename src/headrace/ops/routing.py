@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headrace.ops.arena import Take
 from headrace.ops.linear import linear
+from headrace.ops.lora import MoELora, add_lora
 
 BLOCK_T = 16  # tokens of a router program
 SLICE_K = 192  # columns of a router program
@@ -89,14 +90,18 @@ def route(
     bias: Tensor | None,  # [num_experts]
     top_k: int,
     renormalize: bool = True,
+    lora: MoELora | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logits = x W^T + b; the top_k largest, a tie going to the lower expert; softmax over them.
 
-    Without renormalize the softmax is over all experts, and the weights don't sum to one.
+    Without renormalize the softmax is over all experts, and the weights don't sum to one. Adapters
+    change the logits.
     Returns expert ids [num_tokens, top_k] int64 by falling logit, and weights float32.
     """
     assert top_k <= len(weight), f"{top_k=} {weight.shape=}"
     logits = linear(x, weight, bias).float()
+    if lora is not None:
+        add_lora(logits, x, lora.layer.router, lora.memory, lora.rows)
     # topk promises nothing about ties; a stable sort keeps the lower expert first
     values, experts = logits.sort(dim=-1, descending=True, stable=True)
     weights = values[:, :top_k].softmax(-1) if renormalize else values.softmax(-1)[:, :top_k]

@@ -1,0 +1,101 @@
+"""The forward with adapters against PEFT on transformers, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.models import Model, load_model
+from tests.checkpoints import random_checkpoint
+from tests.lora.adapted import AdaptedModel, read
+from tests.lora.peft_adapters import ATTENTION, EXPERTS, peft_logits, peft_model, save
+from tests.paged import PagedSequences, logits_of
+
+TOLERANCE = 2e-4  # logits have a deviation of 2
+TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "attention and experts": {"target_modules": ATTENTION, "target_parameters": EXPERTS},
+    "all there is": {
+        "target_modules": [*ATTENTION, "embed_tokens", "lm_head"],
+        "target_parameters": [*EXPERTS, "mlp.router.weight"],
+    },
+    "gate_up only, rsLoRA": {"target_parameters": EXPERTS[:1], "use_rslora": True},
+    "down only, rank 1": {"target_parameters": EXPERTS[1:], "r": 1},
+    "k and the router": {
+        "target_modules": ["k_proj"],
+        "target_parameters": ["mlp.router.weight"],
+    },
+    "rank and alpha patterns": {
+        "target_modules": ATTENTION,
+        "target_parameters": EXPERTS,
+        "rank_pattern": {"q_proj": 7, r".*layers\.1\.mlp\.experts\.down_proj": 3, "v_proj": 16},
+        "alpha_pattern": {"o_proj": 3, "layers.0.mlp.experts.gate_up_proj": 20},
+    },
+    "one layer, one module excluded": {
+        "target_modules": ATTENTION,
+        "layers_to_transform": [1],
+        "exclude_modules": ["v_proj"],
+    },
+    "all-linear": {"target_modules": "all-linear"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("base"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def directories(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """Three adapters for one batch, the same variants as in the tests below."""
+    found = []
+    for i, name in enumerate(("all there is", "gate_up only, rsLoRA", "rank and alpha patterns")):
+        wrapped = peft_model(checkpoint, i, **{"r": 4, "lora_alpha": 8} | VARIANTS[name])
+        found.append(save(wrapped, tmp_path_factory.mktemp(f"adapter{i}")))
+    yield found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_peft(checkpoint: Path, model: Model, tmp_path: Path, name: str) -> None:
+    wrapped = peft_model(checkpoint, 0, **{"r": 4, "lora_alpha": 8} | VARIANTS[name])
+    adapter = read(model, save(wrapped, tmp_path))
+    expected = peft_logits(wrapped, TOKENS)
+    adapted = AdaptedModel(model, adapter)
+    adapted.slot_of_seq = [0]
+    assert adapter.warnings == ()
+    assert (logits_of(adapted, TOKENS) - expected).abs().max() < TOLERANCE
+    # and not because the adapter is small: neither the base nor another scale would pass
+    assert (logits_of(model, TOKENS) - expected).abs().max() > 50 * TOLERANCE
+    doubled = {k: replace(f, scale=2 * f.scale) for k, f in adapter.factors.items()}
+    adapted = AdaptedModel(model, replace(adapter, factors=doubled))
+    adapted.slot_of_seq = [0]
+    assert (logits_of(adapted, TOKENS) - expected).abs().max() > 50 * TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_beside_any_other_adapter(
+    model: Model, directories: list[Path]
+) -> None:
+    adapted = AdaptedModel(model, *(read(model, path) for path in directories))
+    alone = []
+    for slot in (-1, 0, 1, 2):
+        adapted.slot_of_seq = [slot]
+        alone.append(logits_of(adapted, TOKENS))
+    assert torch.equal(alone[0], logits_of(model, TOKENS))  # no adapter is no LoRA at all
+    adapted.slot_of_seq = [2, -1, 0, -1, 1]
+    together = PagedSequences(adapted, 5).step(dict.fromkeys(range(5), TOKENS))
+    for logits, slot in zip(together.split(len(TOKENS)), adapted.slot_of_seq, strict=True):
+        assert torch.equal(logits, alone[slot + 1])
+    assert not torch.equal(alone[1], alone[0])
