@@ -14,7 +14,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headrace.ops import experts_kernel, lora_kernel, routing_kernel
+from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel, routing_kernel
+from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "y": "*bf16",
            "residual": "*bf16", "summed": "*bf16", "partials": "*fp32", "weights": "*fp32",
@@ -23,6 +24,7 @@ CONTEXT = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "y"
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
            "y_stride"}
+WIDE_COPY = r"cp\.async\.cg\.shared\.global.*0x10|cp\.async\.bulk\.tensor"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
@@ -34,7 +36,7 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
         elif name.endswith("_ptr"):
             signature[name] = types.get(base) or CONTEXT.get(base, "*i32")
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
+            signature[name] = types.get(name) or ("fp32" if name in FLOATS else "i32")
         if signature[name] != "constexpr" and (name.endswith("_ptr") or name in ALIGNED):
             attrs[(index,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
@@ -52,7 +54,7 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
         "shared": compiled.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
-        "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global.*0x10", ptx)),
+        "wide_copies": len(re.findall(WIDE_COPY, ptx)),
     }
 
 LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_ptr", "scale_ptr",
@@ -96,8 +98,29 @@ def lora_kernels(capability):
                                           dict(BLOCK_R=64), 2)
     return results
 
-def all_kernels(capability):
+def linear(capability, num_tokens, out_features, in_features, out="*bf16", has_tma=True):
+    shared_memory = (227 if capability == 90 else 163) * 1024
+    tile = choose(LinearProblem(num_tokens, out_features, in_features, 132, shared_memory, has_tma))
+    constants = dict(EVEN_K=False, EARLY=has_tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                     ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)
+    if not tile.tma:
+        constants |= {"x_desc": None, "weight_desc": None}
+    first = "1, " if tile.rows < tile.block_n else ""
+    return compile_kernel(
+        linear_kernel.linear_kernel, capability, constants, tile.num_warps, tile.num_stages,
+        out=out, x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
+        weight_desc=f"tensordesc<bf16[{first}{tile.block_n}, {tile.block_k}]>")
+
+def linear_kernels(capability):
     results = {}
+    for tma in (False, True) if capability == 90 else (False,):
+        for m in (1, 8192):
+            results[f"bf16 linear {m} {tma}"] = linear(capability, m, 5120, 2880, has_tma=tma)
+    results["bf16 lm_head"] = linear(capability, 128, 201088, 2880, "*fp32", capability == 90)
+    return results
+
+def all_kernels(capability):
+    results = linear_kernels(capability)
     for first in (True, False):
         results[f"mxfp4 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4)
     results["bf16 16"] = matmul(capability, False, True, 16, 64, 4, 3)
@@ -107,8 +130,8 @@ def all_kernels(capability):
         results["mxfp4 64"] = matmul(capability, True, True, 64, 64, 4, 3)
     results["sum"] = compile_kernel(experts_kernel.weighted_sum_kernel, capability,
                                     dict(TOP_K=4, ADD_RESIDUAL=True, BLOCK=1024))
-    results["norm"] = compile_kernel(routing_kernel.rms_norm_kernel, capability,
-                                     dict(ADD_RESIDUAL=True, BLOCK=4096), 8)
+    results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
+                                     dict(LET_NEXT_START=capability == 90, BLOCK=4096), 8)
     for experts in (32, 128):
         results[f"router {experts}"] = compile_kernel(
             routing_kernel.router_kernel, capability,
