@@ -1,0 +1,93 @@
+"""Compile a model's Triton kernels before anybody waits for them, many at once.
+
+Compiled kernels are kept on disk by Triton, so the next start finds them there. Most of a compile
+is LLVM and ptxas, which leave Python's other threads alone: a pool of threads is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headrace.config import ConfigError
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up did."""
+
+    num_kernels: int
+    num_compiled: int  # the others were found on disk
+    seconds: float
+
+
+def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
+    """Compile and load every Triton kernel that dry_run launches; none of them runs.
+
+    All else in dry_run runs as it is, on tensors that no kernel has written: it must not take
+    sizes or indices from them. Raises ConfigError if the disk can't hold what is compiled.
+    """
+    from triton import AsyncCompileMode
+
+    start = time.perf_counter()
+
+    def use_device() -> None:  # each thread has a current device of its own
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    try:
+        with (
+            ThreadPoolExecutor(os.cpu_count(), initializer=use_device) as pool,
+            counted_compiles() as compiled,
+        ):
+            mode = AsyncCompileMode(pool)
+            with nothing_launched(), mode:
+                dry_run()
+            kernels = [future.result() for future in mode.future_kernels.values()]
+            list(pool.map(lambda kernel: kernel.run, kernels))  # loads it
+    except OSError as error:
+        raise ConfigError(
+            f"compiled kernels can't be kept, set TRITON_CACHE_DIR: {error}"
+        ) from None
+    return WarmUp(len(kernels), sum(compiled), time.perf_counter() - start)
+
+
+@contextmanager
+def nothing_launched() -> Iterator[None]:
+    """Every launch of a Triton kernel compiles it, and ends there."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextmanager
+def counted_compiles() -> Iterator[list[bool]]:
+    """A list that grows by one for each kernel made ready: whether it had to be compiled."""
+    from triton import knobs
+
+    compiled: list[bool] = []
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        compiled.append(not cache_hit)
+
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = before
