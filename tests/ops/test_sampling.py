@@ -50,30 +50,29 @@ def test_penalties(
             expected[t] *= 1 / repetition if expected[t] > 0 else repetition
         expected[t] -= frequency * output.count(t) + presence * (t in output)
 
-    def counts(tokens: list[int]) -> Tensor:  # one pad at the end, as in a longer batch
-        return sampling.count_tokens(torch.tensor([[*tokens, VOCAB]]), VOCAB)
-
-    got = sampling.apply_penalties(
-        logits,
-        counts(prompt),
-        counts(output),
+    counts = torch.tensor(
+        [[0] * VOCAB, [2 * output.count(t) + (t in prompt) for t in range(VOCAB)]]
+    )
+    strangers = random_logits(seed + 1)
+    rows = torch.cat([strangers, logits])
+    sampling.apply_penalties(
+        rows,
+        torch.tensor([3]),
+        counts.int(),
+        torch.tensor([1]),
         torch.tensor([repetition]),
         torch.tensor([frequency]),
         torch.tensor([presence]),
     )
-    torch.testing.assert_close(got[0], torch.tensor(expected))
-
-
-def test_counts_ignore_the_padding() -> None:
-    counts = sampling.count_tokens(torch.tensor([[1, 1, 3, 4], [0, 4, 4, 4]]), 4)
-    assert counts.tolist() == [[0, 2, 0, 1], [1, 0, 0, 0]]
+    torch.testing.assert_close(rows[3], torch.tensor(expected))
+    assert torch.equal(rows[:3], strangers)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
 def test_min_p(seed: int, min_p: float) -> None:
     logits = random_logits(seed)
-    got = sampling.filter_min_p(logits, torch.tensor([min_p, 0.0, min_p]))
+    got = sampling.filter_min_p(logits, torch.tensor([min_p, 0.0, min_p]).log())
     for row in (0, 2):
         probs = softmax(logits[row].tolist())
         assert kept(got)[row] == {t for t, p in enumerate(probs) if p >= min_p * max(probs)}
@@ -122,16 +121,16 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
 QUANTILE = 31.26
 
 
-def draw(logits: Tensor, count: int = 20_000) -> Tensor:  # [vocab] counts
+def drawn(logits: Tensor, count: int = 20_000) -> Tensor:  # [vocab] counts
     numbers = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    tokens = sampling.sample(logits.expand(count, -1), numbers)
+    tokens = sampling.draw(logits.expand(count, -1), numbers)
     return torch.bincount(tokens, minlength=logits.shape[-1])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_follow_the_softmax(seed: int) -> None:
     logits = random_logits(seed, rows=1)
-    counts = draw(logits)
+    counts = drawn(logits)
     assert chi_square(counts, logits[0].softmax(-1)) < QUANTILE
     assert chi_square(counts, (logits[0] * 0.9).softmax(-1)) > QUANTILE
 
@@ -139,34 +138,64 @@ def test_draws_follow_the_softmax(seed: int) -> None:
 def test_dropped_tokens_are_never_drawn() -> None:
     logits = random_logits(0, rows=1)
     logits[0, [0, 5, VOCAB - 1]] = -math.inf
-    counts = draw(logits)
+    counts = drawn(logits)
     assert counts[[0, 5, VOCAB - 1]].tolist() == [0, 0, 0]
     assert chi_square(counts, logits[0].softmax(-1)) < QUANTILE
     ends = torch.tensor([0.0, 1 - 2**-32], dtype=torch.float64)
-    assert sampling.sample(logits.expand(2, -1), ends).tolist() == [1, VOCAB - 2]
+    assert sampling.draw(logits.expand(2, -1), ends).tolist() == [1, VOCAB - 2]
 
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:
     logits = random_logits(1, rows=50, vocab=1000)
     numbers = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    together = sampling.sample(logits, numbers)
-    alone = [sampling.sample(logits[i : i + 1], numbers[i : i + 1]).item() for i in range(50)]
+    together = sampling.draw(logits, numbers)
+    alone = [sampling.draw(logits[i : i + 1], numbers[i : i + 1]).item() for i in range(50)]
     assert together.tolist() == alone
     assert len(set(alone)) > 20
 
 
 def test_broken_logits_still_give_a_valid_token() -> None:
     numbers = torch.tensor([0.5], dtype=torch.float64)
-    token = sampling.sample(torch.full((1, VOCAB), math.nan), numbers)
+    token = sampling.draw(torch.full((1, VOCAB), math.nan), numbers)
     assert 0 <= token.item() < VOCAB
+
+
+def test_greedy_and_random_rows_in_one_batch() -> None:
+    logits = random_logits(2, rows=6)
+    draws = sampling.Draws(
+        rows=torch.tensor([4, 1, 2]),
+        num_filtered=2,
+        temperature=torch.tensor([0.5, 2.0, 1.5]),
+        log_min_p=torch.tensor([0.0, 0.1, 0.2]).log(),
+        top_p=torch.tensor([0.9, 1.0, 1.0]),
+        top_k=torch.tensor([0, 5, 0], dtype=torch.int32),
+    )
+    numbers = torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
+    out = torch.full((6,), -1)
+    assert sampling.sample(logits, draws, numbers, out) is out
+    expected = logits.argmax(-1)
+    for i, (top_k, top_p, min_p) in enumerate([(0, 0.9, 0), (5, 1.0, 0.1), (0, 1.0, 0.2)]):
+        row = (logits[draws.rows[i]] / draws.temperature[i]).tolist()
+        best = max(softmax(row))
+        pairs = zip(row, softmax(row), strict=True)
+        likely = [x if p >= min_p * best else -math.inf for x, p in pairs]
+        kept = nucleus(likely, top_k, top_p)
+        total = sum(softmax(likely)[t] for t in kept)
+        mass, token = 0.0, -1
+        while mass <= numbers[i] * total:
+            token += 1
+            mass += softmax(likely)[token] * (token in kept)
+        expected[draws.rows[i]] = token
+    assert out.tolist() == expected.tolist()
+    assert out.tolist() != logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 4, 100])
 def test_logprobs_and_ranks(num_top: int) -> None:
-    logits = random_logits(3)
-    chosen = torch.tensor([0, 5, 11])
-    ids, logprobs, ranks = sampling.top_logprobs(logits, chosen, num_top)
-    for i, row in enumerate(logits.tolist()):
+    logits = random_logits(3, rows=5)
+    rows, chosen = torch.tensor([4, 0, 2]), torch.tensor([0, 5, 11])
+    ids, logprobs, ranks = sampling.top_logprobs(logits, rows, chosen, num_top)
+    for i, row in enumerate(logits[rows].tolist()):
         expected = [math.log(p) for p in softmax(row)]
         order = sorted(range(VOCAB), key=lambda t: -row[t])
         assert ids[i].tolist() == [chosen[i], *order[:num_top]]

@@ -1,14 +1,19 @@
-"""The next token of each request, by its sampling parameters."""
+"""The next token of each request, by its sampling parameters, without waiting for the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.messages import SamplingParams, TokenLogprobs
-from headrace.engine.request import GREEDY_BELOW, Request, digest
+from headrace.engine.messages import TokenLogprobs
+from headrace.engine.request import Request, digest
+from headrace.engine.sampling_inputs import SamplingInputs, is_early, sampling_inputs
+from headrace.engine.token_counts import TokenCounts
+from headrace.engine.transfer import Download, upload
 from headrace.ops import sampling
 
 
@@ -17,128 +22,145 @@ def uniform(seed: int, index: int) -> float:
     return int.from_bytes(digest(f"{seed}:{index}".encode())[:4], "little") / 2**32
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether the most likely token is taken."""
-    return params.temperature < GREEDY_BELOW
+class Sampler:
+    """Chooses the tokens of a step's rows; holds what it needs of earlier tokens on the device.
+
+    Nothing here waits for the device, but `read` of the results.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._device = device
+        self._counts = TokenCounts(vocab_size, device)
+        self._batch: tuple[list[Request], list[bool]] = [], []
+        self._inputs = SamplingInputs()  # of that batch, without its random numbers
+        self._buffers = None
+        if device.type == "cuda":
+            self._buffers = sampling.sampling_buffers(
+                lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device=device),
+                max_num_seqs, vocab_size,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def prepare(self, requests: Sequence[Request]) -> SamplingInputs:
+        """The inputs of `sample` for rows of these requests, before num_in_flight is counted up.
+
+        A batch of the same requests as the last one sends its random numbers only.
+        """
+        batch = list(requests), [is_early(request) for request in requests]
+        if batch != self._batch:
+            self._inputs = sampling_inputs(requests, self._counts.slot, self._device)
+            self._batch = batch
+        if self._inputs.draws is None:
+            return self._inputs
+        drawn = [requests[row] for row in self._inputs.drawn]
+        numbers = np.array([uniform(request.seed, request.num_outputs) for request in drawn])
+        return replace(self._inputs, uniform=upload([numbers], self._device)[0])
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        logits: Tensor,  # [num_rows, vocab] fp32; rows with biases or penalties are overwritten
+        inputs: SamplingInputs,
+        out: Tensor | None = None,  # [num_rows] int64
+    ) -> Sampled:
+        """One token a row: masks and biases, penalties, temperature, min_p, top_k, top_p, draw."""
+        scored, penalties = inputs.scored, inputs.penalties
+        of_model = logits  # what log-probabilities are about
+        if scored and (inputs.edits or penalties):
+            of_model = logits.index_select(0, scored.rows)
+        if inputs.edits:
+            inputs.edits.apply(logits)
+        if penalties:
+            sampling.apply_penalties(
+                logits, penalties.rows, self._counts.counts, penalties.slots,
+                penalties.repetition, penalties.frequency, penalties.presence,
+            )  # fmt: skip
+        tokens = sampling.sample(logits, inputs.draws, inputs.uniform, out, self._buffers)
+        if penalties:
+            self._counts.add(penalties.slots, tokens[penalties.rows])
+        if scored is None:
+            return Sampled(tokens)
+        rows = scored.rows
+        if of_model is not logits:
+            rows = torch.arange(len(rows), device=logits.device)
+        scores = Scores(of_model, rows, tokens[scored.rows], scored.num_top)
+        return Sampled(tokens, scored.host_rows, scores)
+
+    @torch.inference_mode()
+    def score(
+        self,
+        logits: Tensor,  # [num_rows, vocab] fp32
+        tokens: Sequence[int],  # [num_rows]
+        num_top: Sequence[int],  # [num_rows] alternatives wanted
+    ) -> Scores:
+        """Log-probabilities of given tokens and of the most likely ones beside them."""
+        [chosen] = upload([np.array(tokens, dtype=np.int64)], self._device)
+        rows = torch.arange(len(tokens), device=self._device)
+        return Scores(logits, rows, chosen, num_top)
+
+    def release(self, request: Request) -> None:
+        """Forget a request that ended; one that goes on later is read again from its tokens."""
+        self._counts.release(request)
+        self._batch = [], []
 
 
-def has_penalties(params: SamplingParams) -> bool:
-    """Whether earlier tokens change the logits."""
-    penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
-    return penalties != (0.0, 0.0, 1.0)
+class Scores:
+    """Log-probabilities of given tokens and of the most likely ones, on their way to the host."""
+
+    def __init__(
+        self,
+        logits: Tensor,  # [num_rows, vocab] fp32, the model's own
+        rows: Tensor,  # [num_scores] int64
+        tokens: Tensor,  # [num_scores] int64
+        num_top: Sequence[int],  # [num_scores] alternatives wanted
+    ) -> None:
+        self._num_top = num_top
+        most = max(num_top, default=0)
+        self._download = Download(sampling.top_logprobs(logits, rows, tokens, most))
+
+    def read(self) -> list[TokenLogprobs]:
+        """Wait for the device; one score a row."""
+        ids, logprobs, ranks = (tensor.tolist() for tensor in self._download.read())
+        return [
+            TokenLogprobs(row_ids[: 1 + n], row_logprobs[: 1 + n], rank)
+            for row_ids, row_logprobs, rank, n in zip(
+                ids, logprobs, ranks, self._num_top, strict=True
+            )
+        ]
 
 
-def has_filters(params: SamplingParams) -> bool:
-    """Whether a sort is needed."""
-    return params.top_k > 0 or params.top_p < 1.0
+class Sampled:
+    """The tokens of a batch: on the device at once, on the host after `read`."""
+
+    def __init__(
+        self,
+        token_ids: Tensor,  # [num_rows] int64
+        scored: Sequence[int] = (),  # rows that have scores
+        scores: Scores | None = None,
+    ) -> None:
+        self.token_ids = token_ids
+        self._download = Download([token_ids])
+        self._scored = scored
+        self._scores = scores
+
+    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Wait for the device; a token a row, and its log-probabilities where they are wanted."""
+        [tokens] = self._download.read()
+        scores = self._scores.read() if self._scores else []
+        of_row = dict(zip(self._scored, scores, strict=True))
+        return [(token, of_row.get(row)) for row, token in enumerate(tokens.tolist())]
 
 
-def choose_tokens(
-    logits: Tensor,  # [num_rows, vocab] fp32, kept as it is
-    requests: Sequence[Request],  # [num_rows]
-) -> list[int]:
-    """One token a row: masks and biases, penalties, temperature, min_p, top_k and top_p, draw."""
-    logits = apply_edits(logits, requests)
-    logits = apply_penalties(logits, requests)
-    tokens = logits.argmax(-1)
-    rows = [i for i, request in enumerate(requests) if not is_greedy(request.params)]
-    if rows:
-        at = torch.tensor(rows, device=logits.device)
-        drawn = [requests[i] for i in rows]
-        draws = [uniform(request.seed, request.num_outputs) for request in drawn]
-        numbers = torch.tensor(draws, dtype=torch.float64, device=logits.device)
-        tokens[at] = sampling.sample(filter_rows(logits[at], drawn), numbers)
-    return tokens.tolist()
-
-
-def apply_edits(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """allowed_token_ids, logit_bias, and no stop token before min_tokens."""
-    copied = False
-    for i, request in enumerate(requests):
-        params = request.params
-        early = params.stop_token_ids if request.num_outputs < params.min_tokens else []
-        if params.allowed_token_ids is None and not params.logit_bias and not early:
-            continue
-        if not copied:
-            logits, copied = logits.clone(), True
-        row = logits[i]
-        if params.allowed_token_ids is not None:
-            allowed = torch.tensor(params.allowed_token_ids, device=row.device)
-            kept = row[allowed]
-            row.fill_(-torch.inf)[allowed] = kept
-        if params.logit_bias:
-            biased = torch.tensor(list(params.logit_bias), device=row.device)
-            row[biased] += torch.tensor(list(params.logit_bias.values()), device=row.device)
-        if early:
-            row[torch.tensor(early, device=row.device)] = -torch.inf
-    return logits
-
-
-def apply_penalties(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Repetition, frequency and presence penalties of the rows that have any."""
-    rows = [i for i, request in enumerate(requests) if has_penalties(request.params)]
-    if not rows:
-        return logits
-    chosen = [requests[i] for i in rows]
-    vocab = logits.shape[-1]
-    prompts = [list(r.token_ids[: r.prompt_len]) for r in chosen]
-    outputs = [list(r.token_ids[r.prompt_len :]) for r in chosen]
-    at = torch.tensor(rows, device=logits.device)
-    penalized = sampling.apply_penalties(
-        logits[at],
-        sampling.count_tokens(pad(prompts, vocab, logits.device), vocab),
-        sampling.count_tokens(pad(outputs, vocab, logits.device), vocab),
-        column(chosen, lambda params: params.repetition_penalty, logits),
-        column(chosen, lambda params: params.frequency_penalty, logits),
-        column(chosen, lambda params: params.presence_penalty, logits),
-    )
-    return logits.index_copy(0, at, penalized)
-
-
-def filter_rows(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Temperature, then min_p, then top_k and top_p, each only where a row asks for it."""
-    logits = logits / column(requests, lambda params: params.temperature, logits)[:, None]
-    if any(request.params.min_p > 0 for request in requests):
-        logits = sampling.filter_min_p(logits, column(requests, lambda p: p.min_p, logits))
-    rows = [i for i, request in enumerate(requests) if has_filters(request.params)]
-    if rows:
-        at = torch.tensor(rows, device=logits.device)
-        chosen = [requests[i] for i in rows]
-        top_k = column(chosen, lambda params: params.top_k, logits).long()
-        top_p = column(chosen, lambda params: params.top_p, logits)
-        filtered = sampling.filter_top_k_top_p(logits[at], top_k, top_p)
-        logits = logits.index_copy(0, at, filtered)
-    return logits
-
-
-def column(
-    requests: Sequence[Request], value: Callable[[SamplingParams], float], like: Tensor
-) -> Tensor:  # [num_rows] fp32
-    """One parameter of every request."""
-    return torch.tensor(
-        [value(r.params) for r in requests], dtype=torch.float32, device=like.device
-    )
-
-
-def pad(rows: list[list[int]], fill: int, device: torch.device) -> Tensor:
-    """Rows of unequal length as one tensor [num_rows, max_len] int64."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device).long()
+def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Sampler.sample for one batch, waited for."""
+    sampler = Sampler(logits.shape[1], len(requests), logits.device)
+    sampled = sampler.sample(logits.clone(), sampler.prepare(requests))
+    return [token for token, _ in sampled.read()]
 
 
 def score_tokens(
-    logits: Tensor,  # [num_rows, vocab] fp32, the model's own
-    tokens: Sequence[int],  # [num_rows]
-    num_top: Sequence[int],  # [num_rows] alternatives wanted
+    logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]
 ) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens and of the most likely ones beside them."""
-    if not tokens:
-        return []
-    chosen = torch.tensor(tokens, device=logits.device)
-    ids, logprobs, ranks = sampling.top_logprobs(logits, chosen, max(num_top))
-    return [
-        TokenLogprobs(row_ids[: 1 + n], row_logprobs[: 1 + n], rank)
-        for row_ids, row_logprobs, rank, n in zip(
-            ids.tolist(), logprobs.tolist(), ranks.tolist(), num_top, strict=True
-        )
-    ]
+    """Sampler.score, waited for."""
+    sampler = Sampler(logits.shape[1], len(tokens), logits.device)
+    return sampler.score(logits, tokens, num_top).read()
