@@ -92,8 +92,8 @@ def lora_kernels(capability):
     for block_m in (16, 64):
         results[f"expand {block_m}"] = compile_kernel(
             lora_kernel.expand_kernel, capability,
-            dict(WIDTHS=(4096, 512, 512), ALIGN=16, SLOTS=32, NUM_PARTS=4, BLOCK_M=block_m,
-                 BLOCK_N=64, BLOCK_R=1024 // block_m))
+            dict(WIDTHS=(4096, 512, 512), ALIGN=16, EXPERTS=False, SLOTS=32, NUM_PARTS=4,
+                 BLOCK_M=block_m, BLOCK_N=64, BLOCK_R=1024 // block_m))
     results["embedding"] = compile_kernel(lora_kernel.embedding_shrink_kernel, capability,
                                           dict(BLOCK_R=64), 2)
     return results

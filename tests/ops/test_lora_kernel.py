@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from headrace.ops.lora import LoraRows, LoraSite
-from headrace.ops.lora_kernel import add_lora_kernel, low_rank_parts, shrink_experts
+from headrace.ops.lora_kernel import (
+    FEW_ROWS,
+    add_expert_lora_kernel,
+    add_lora_embedding_kernel,
+    add_lora_kernel,
+    low_rank_parts,
+    shrink_experts,
+)
 from headrace.ops.tiles import MoETiles, Tile
 from tests.ops.test_experts_kernel import Weights, errors, routing, run_layer
 
@@ -74,23 +81,85 @@ def take(device):
     return lambda shape, dtype: torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
+def check_rows(out, y, x, adapters, slot_of_row, limit, expert_of_row=None):
+    """Rows with an adapter have its delta, within limit of the largest; the others their bits."""
+    expected = y.double()
+    for row, slot in enumerate(slot_of_row.tolist()):
+        if slot >= 0:
+            expert = 0 if expert_of_row is None else int(expert_of_row[row])
+            expected[row] += adapters.delta(x[row, None], slot, expert)[0]
+    none = slot_of_row < 0
+    assert torch.equal(out[none], y[none])
+    delta = expected - y.double()
+    error = (out.double() - expected)[~none]
+    if len(error):
+        assert error.abs().max() < limit * delta.abs().max()
+        assert error.pow(2).mean() < (limit / 5) ** 2 * delta[~none].pow(2).mean()
+
+
 @interpreted
 @pytest.mark.parametrize("slot_of_row", [[2, -1, 0, 2, 1], [-1, -1], [1] * 70])
 def test_interpreted_dense(slot_of_row):
-    adapters = Adapters(
-        [[8, 3, 16], [1, 0, 20], [40, 5, 0]], 160, (96, 32, 80), 1, "cpu", torch.float32
-    )
+    ranks, widths = [[8, 3, 16], [1, 0, 20], [40, 5, 0]], (96, 32, 80)
+    adapters = Adapters(ranks, 160, widths, 1, "cpu", torch.float32)
     slots = torch.tensor(slot_of_row)
-    x = torch.randn(len(slots), 160)
-    y = torch.randn(len(slots), 208)
+    x, y = torch.randn(len(slots), 160), torch.randn(len(slots), 208)
     parts = low_rank_parts(take("cpu"), 3, len(slots), 64)
     out = add_lora_kernel(y.clone(), x, adapters.site, adapters.memory, rows_of(slots, 3), parts)
-    for row, slot in enumerate(slot_of_row):
-        if slot < 0:
-            assert torch.equal(out[row], y[row])
-        else:
-            expected = y[row].double() + adapters.delta(x[row, None], slot)[0]
-            torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-5)
+    check_rows(out, y, x, adapters, slots, 1e-5)
+
+
+@interpreted
+def test_interpreted_wrong_factors_are_rejected():
+    adapters = Adapters([[8, 3]], 160, [96], 1, "cpu", torch.float32)
+    slots = torch.tensor([0, 1, -1])
+    x, y = torch.randn(3, 160), torch.randn(3, 96)
+    parts = low_rank_parts(take("cpu"), 1, 3, 8)
+    wrong = adapters.memory.clone()
+    wrong[int(adapters.site.b[0, 1]) + 96 :][:10] += 1
+    out = add_lora_kernel(y.clone(), x, adapters.site, wrong, rows_of(slots, 2), parts)
+    with pytest.raises(AssertionError):
+        check_rows(out, y, x, adapters, slots, 1e-3)
+
+
+@interpreted
+def test_interpreted_experts_on_their_own():
+    adapters = Adapters([[8, 0, 20]], 160, [96], 3, "cpu", torch.float32)
+    slots, experts = torch.tensor([2, 0, -1, 1, 2, 2, 0]), torch.tensor([0, 2, 1, 1, 2, 0, 2])
+    x, y = torch.randn(7, 160), torch.randn(7, 96)
+    parts = low_rank_parts(take("cpu"), 1, 7, 20)
+    out = add_expert_lora_kernel(
+        y.clone(), x, experts, slots.int(), adapters.site, adapters.memory, parts
+    )
+    check_rows(out, y, x, adapters, slots, 1e-5, experts)
+
+
+@interpreted
+def test_interpreted_embedding():
+    adapters = Adapters([[8, 20, 0]], 160, [96], 1, "cpu", torch.float32)
+    slots, tokens = torch.tensor([1, -1, 0, 2, 1]), torch.tensor([3, 3, 159, 7, 0])
+    y = torch.randn(5, 96)
+    parts = low_rank_parts(take("cpu"), 1, 5, 20)
+    out = add_lora_embedding_kernel(
+        y.clone(), tokens, adapters.site, adapters.memory, rows_of(slots, 3), parts
+    )
+    one_hot = torch.nn.functional.one_hot(tokens, 160).float()
+    check_rows(out, y, one_hot, adapters, slots, 1e-5)
+
+
+@interpreted
+def test_interpreted_one_part_has_the_bits_of_many():
+    """Above FEW_ROWS rows, one program sums all slices of K, in the order of the expand."""
+    adapters = Adapters([[8, 20]], 1100, [64], 1, "cpu", torch.float32)
+    slots = torch.tensor([1, -1, 0, 0, 1])
+    x, y = torch.randn(5, 1100), torch.randn(5, 64)
+    many = low_rank_parts(take("cpu"), 1, 5, 20)
+    one = low_rank_parts(take("cpu"), 1, FEW_ROWS + 1, 20)[:, :, :5].contiguous()
+    assert (len(many), len(one)) == (4, 1)
+    call = (x, adapters.site, adapters.memory, rows_of(slots, 2))
+    out = add_lora_kernel(y.clone(), *call, many)
+    assert torch.equal(add_lora_kernel(y.clone(), *call, one), out)
+    check_rows(out, y, x, adapters, slots, 1e-5)
 
 
 class LayerAdapters:

@@ -204,8 +204,8 @@ def expand_kernel(
     rank_ptr,  # [num_segments, num_slots] int32
     scale_ptr,  # [num_segments, num_slots] float32
     parts_ptr,  # [NUM_PARTS, num_segments, num_rows, max_rank] float32
-    order_ptr,  # [num_rows] int32: rows sorted by adapter
-    starts_ptr,  # [num_slots + 1] int32
+    order_ptr,  # [num_rows] int32: sorted rows
+    work_ptr,  # blocks of experts, or starts of adapters
     slot_of_row_ptr,
     num_rows,
     num_slots,
@@ -213,6 +213,7 @@ def expand_kernel(
     y_stride,
     WIDTHS: tl.constexpr,  # of the segments
     ALIGN: tl.constexpr,  # divides all of them
+    EXPERTS: tl.constexpr,  # work_ptr holds blocks of experts
     SLOTS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -229,21 +230,25 @@ def expand_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(1) * BLOCK_N >= width:
         return
-    work, first, end = _block_of_adapters(starts_ptr, tl.program_id(0), num_slots, SLOTS, BLOCK_M)
-    if work < 0:
+    block = tl.program_id(0)
+    if EXPERTS:
+        expert, first, end = _block_of_experts(work_ptr, block)
+    else:
+        expert, first, end = _block_of_adapters(work_ptr, block, num_slots, SLOTS, BLOCK_M)
+    if expert < 0:
         return
     place = tl.arange(0, BLOCK_M)
     row = tl.load(order_ptr + first + place, mask=first + place < end, other=0)
     adapter = adapters_of_rows(slot_of_row_ptr, row, first + place < end)
     tables = segment * num_slots
     acc = add_low_rank(
-        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, work,
+        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, expert,
         parts_ptr + segment.to(tl.int64) * num_rows * max_rank,
         len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
         b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, NUM_PARTS, BLOCK_R,
     )  # fmt: skip
     y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
-    mask = (first + place < end)[None, :] & (column < width)[:, None]
+    mask = (adapter < _NO_ADAPTER)[None, :] & (column < width)[:, None]
     y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -274,6 +279,34 @@ def embedding_shrink_kernel(
         tl.store(parts_ptr + row.to(tl.int64) * max_rank + r, a.to(tl.float32), mask=r < rank)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """The rows of a launch, cut into blocks."""
+
+    order: Tensor  # [num_rows] int32: sorted rows
+    table: Tensor  # blocks of experts, or starts of adapters
+    slot_of_token: Tensor
+    num_blocks: int
+    block_m: int
+    experts: bool = False
+    top_k: int = 1  # rows of a token
+    gather: bool = True  # x has a row per token, else one per sorted row
+
+
+def _dense_work(rows: LoraRows, site: LoraSite) -> _Work:
+    num_rows = len(rows.order)
+    block_m = 16 if num_rows <= 128 else 64
+    num_blocks = max_blocks(num_rows, site.rank.shape[1], block_m)
+    return _Work(rows.order, rows.starts, rows.slot_of_row, num_blocks, block_m)
+
+
+def _expert_work(
+    slots: SortedSlots, slot_of_token: Tensor, block_m: int, top_k: int, gather: bool
+) -> _Work:
+    blocks = slots.blocks
+    return _Work(slots.slots, blocks, slot_of_token, len(blocks), block_m, True, top_k, gather)
+
+
 def shrink_experts(
     x: Tensor,  # [num_tokens or num_pairs, in_features]
     site: LoraSite,
@@ -286,13 +319,8 @@ def shrink_experts(
     parts: Tensor,  # from low_rank_parts
 ) -> LowRank:
     """The first half of scale (x A_e^T) B_e, for every (token, expert) pair with an adapter."""
-    if len(site.widths) != 1:
-        raise ValueError(f"site has segments of {site.widths}; experts take one")
-    blocks = slots.blocks
-    _shrink(
-        x, site, memory, slot_of_token, slots.slots, blocks, len(blocks), block_m, top_k, gather,
-        True, parts,
-    )  # fmt: skip
+    work = _expert_work(slots, slot_of_token, block_m, top_k, gather)
+    _shrink(x, site, memory, work, parts)
     return LowRank(site, memory, slot_of_token, parts)
 
 
@@ -305,13 +333,9 @@ def add_lora_kernel(
     parts: Tensor,  # from low_rank_parts
 ) -> Tensor:
     """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y."""
-    block_m = _dense_block_m(len(x))
-    num_blocks = max_blocks(len(x), site.rank.shape[1], block_m)
-    _shrink(
-        x, site, memory, rows.slot_of_row, rows.order, rows.starts, num_blocks, block_m, 1,
-        True, False, parts,
-    )  # fmt: skip
-    return _expand(y, site, memory, rows, parts)
+    work = _dense_work(rows, site)
+    _shrink(x, site, memory, work, parts)
+    return _expand(y, site, memory, work, parts)
 
 
 def add_lora_embedding_kernel(
@@ -329,67 +353,70 @@ def add_lora_embedding_kernel(
             token_ids, memory, site.a, site.rank, parts, rows.slot_of_row, len(token_ids),
             site.in_features, parts.shape[3], BLOCK_R=64, num_warps=2,
         )  # fmt: skip
-    return _expand(y, site, memory, rows, parts)
+    return _expand(y, site, memory, _dense_work(rows, site), parts)
 
 
-def _shrink(
-    x: Tensor,
+def add_expert_lora_kernel(
+    y: Tensor,  # [num_pairs, width], changed in place
+    x: Tensor,  # [num_pairs, in_features]
+    expert_of_row: Tensor,  # [num_pairs] integers
+    slot_of_row: Tensor,  # [num_pairs] int32, -1: none
     site: LoraSite,
     memory: Tensor,
-    slot_of_token: Tensor,
-    order: Tensor,
-    work: Tensor,
-    num_blocks: int,
-    block_m: int,
-    top_k: int,
-    gather: bool,
-    experts: bool,
-    parts: Tensor,
-) -> None:
-    _check(x, site, memory, len(order), parts)
-    if num_blocks == 0:
-        return
+    parts: Tensor,  # from low_rank_parts
+) -> Tensor:
+    """y += scale (x A_e^T) B_e on its own, where no base matmul takes the second half. Returns y.
+
+    Every row is a block of its own: for few rows, such as the self-check of a load.
+    """
+    row = torch.arange(len(y), dtype=torch.int32, device=y.device)
+    blocks = torch.stack((expert_of_row.int(), row, row + 1, row), dim=1)
+    work = _expert_work(SortedSlots(row, blocks), slot_of_row, 16, 1, True)
+    _shrink(x, site, memory, work, parts)
+    return _expand(y, site, memory, work, parts)
+
+
+def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tensor) -> None:
+    _check(x, site, memory, len(work.order), parts)
     num_parts, num_segments, num_rows, max_rank = parts.shape
+    if work.num_blocks == 0 or max_rank == 0:
+        return
     num_slots = site.rank.shape[1]
-    block_r = _shrink_tile(num_blocks * num_segments * num_parts, max_rank)
+    block_r = _shrink_tile(work.num_blocks * num_segments * num_parts, max_rank)
     rank_tiles = triton.cdiv(max_rank, block_r)
-    block_k = 256 if block_r == 16 and block_m <= 64 else 64
-    shrink_kernel[(num_blocks, num_segments * rank_tiles, num_parts)](
-        x, memory, site.a, site.rank, parts, order, work, slot_of_token,
+    shrink_kernel[(work.num_blocks, num_segments * rank_tiles, num_parts)](
+        x, memory, site.a, site.rank, parts, work.order, work.table, work.slot_of_token,
         num_rows, num_slots, site.in_features, max_rank,
-        TOP_K=top_k, GATHER=gather, EXPERTS=experts,
+        TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
         SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
-        BLOCK_M=block_m, TALL_M=max(block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k,
-        num_warps=4 if block_m <= 64 else 8, num_stages=3,
+        BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r,
+        # a slice of 768 in three steps, all under way at once
+        BLOCK_K=256 if block_r == 16 and work.block_m <= 64 else 64,
+        num_warps=4 if work.block_m <= 64 else 8, num_stages=3,
     )  # fmt: skip
 
 
-def _expand(y: Tensor, site: LoraSite, memory: Tensor, rows: LoraRows, parts: Tensor) -> Tensor:
-    if tuple(y.shape) != (len(rows.order), sum(site.widths)) or y.stride(1) != 1:
+def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tensor) -> Tensor:
+    num_rows, num_segments = len(work.order), len(site.widths)
+    if tuple(y.shape) != (num_rows, sum(site.widths)) or y.stride(1) != 1:
         raise ValueError(
             f"y is {tuple(y.shape)} with strides {y.stride()}; needs rows of "
-            f"{(len(rows.order), sum(site.widths))}"
+            f"{(num_rows, sum(site.widths))}"
         )
-    num_slots, max_rank = site.rank.shape[1], parts.shape[3]
-    block_m = _dense_block_m(len(y))
-    num_blocks = max_blocks(len(y), num_slots, block_m)
-    if num_blocks:
-        grid = (num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), len(site.widths))
+    num_slots, max_rank, block_m = site.rank.shape[1], parts.shape[3], work.block_m
+    grid = (work.num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), num_segments)
+    if work.num_blocks and max_rank:
         expand_kernel[grid](
-            y, memory, site.b, site.rank, site.scale, parts, rows.order, rows.starts,
-            rows.slot_of_row, len(y), num_slots, max_rank, y.stride(0),
-            WIDTHS=site.widths, ALIGN=math.gcd(16, *site.widths),
+            y, memory, site.b, site.rank, site.scale, parts, work.order, work.table,
+            work.slot_of_token, num_rows, num_slots, max_rank, y.stride(0),
+            WIDTHS=site.widths, ALIGN=math.gcd(16, *site.widths), EXPERTS=work.experts,
             SLOTS=triton.next_power_of_2(num_slots), NUM_PARTS=len(parts),
             BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank, block_m),
-            num_warps=4,
+            num_warps=4 if block_m <= 64 else 8,
         )  # fmt: skip
     return y
-
-
-def _dense_block_m(num_rows: int) -> int:
-    return 16 if num_rows <= 128 else 64
 
 
 def _shrink_tile(num_programs: int, max_rank: int) -> int:
