@@ -6,10 +6,13 @@ has passed them, so that a read of a wrong page shows.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.models import Batch, KVGroup, Model
+from headrace.ops import dispatch
+from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_shape
 
 NUM_PAGES = 512
 
@@ -74,7 +77,16 @@ class PagedSequences:
             block_table=torch.tensor(padded, device=device).int(),
             slots=torch.tensor(slots, device=device),
             window=self.model.kv_layout.windows[group],
+            plan=self._plan(group, rows) if dispatch.takes_kernel(self.cache[0]) else None,
         )
+
+    def _plan(self, group: int, rows: dict[int, list[int]]) -> AttentionPlan:
+        layout, query_lens = self.model.kv_layout, np.array([len(t) for t in rows.values()])
+        heads = layout.num_heads, layout.num_kv_heads, layout.head_dim
+        shape = plan_shape(int(query_lens.sum()), len(rows), *heads)
+        plan = empty_plan(shape, layout.windows[group], self.model.device)
+        plan.fill(query_lens, np.array([self.lengths[seq] for seq in rows]))
+        return plan
 
     def _free_passed_pages(self) -> None:
         for group, window in enumerate(self.model.kv_layout.windows):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig
+from headrace.ops import dispatch
 from headrace.ops.arena import Arena, ArenaSize, Take
 from headrace.ops.attention import paged_attention
 from headrace.ops.embedding import embed, known
@@ -94,6 +95,15 @@ class GptOss:
             num_bytes = max(num_bytes, size.num_bytes)
         self._arena = Arena(num_bytes, self.device)
 
+    def base_tensor(self, name: str) -> Tensor:
+        """The embedding or the LM head, by the checkpoint's name."""
+        weights = self.weights
+        tensors = {
+            "model.embed_tokens.weight": weights.embedding,
+            "lm_head.weight": weights.lm_head,
+        }
+        return tensors[name]
+
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Writes the new keys and values into batch.kv_cache.
 
@@ -162,6 +172,7 @@ class GptOss:
 
     def _step_buffers(self, num_tokens: int, num_outputs: int) -> StepBuffers:
         if self._arena is None:
+            self._counters = routing_counters(num_tokens, self.device)
             return self._buffers(self._allocate, num_tokens, num_outputs)
         self._arena.reset()
         return self._buffers(self._arena.take, num_tokens, num_outputs)
@@ -194,7 +205,7 @@ class GptOss:
 
     @property
     def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return dispatch.takes_kernel(self.weights.embedding)
 
 
 def _kv_layout(config: GptOssConfig) -> KVLayout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.ops import dispatch
 from headrace.ops.attention_plan import AttentionPlan
 
 _ROWS_AT_ONCE = 128  # queries scored together: bounds the scores, and the keys a window needs
@@ -34,7 +35,7 @@ def paged_attention(
         ValueError: no plan for CUDA tensors, or one for another window; what the kernel refuses.
     """
     out = torch.empty_like(q) if out is None else out
-    if q.is_cuda:
+    if dispatch.takes_kernel(q):
         # Triton may be missing where there is no GPU
         from headrace.ops import attention_kernel
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace.ops import dispatch
+
 
 def embed(
     token_ids: Tensor,  # [num_tokens] int64; -1 - i: sampled[i]
@@ -18,7 +20,7 @@ def embed(
     """
     if out is None:
         out = embedding.new_empty(len(token_ids), embedding.shape[1])
-    if token_ids.is_cuda:
+    if dispatch.takes_kernel(token_ids):
         from headrace.ops import embedding_kernel
 
         return embedding_kernel.embed(token_ids, embedding, sampled, out)

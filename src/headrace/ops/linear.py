@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.ops import dispatch
+
 # MKL takes another kernel, with another order of summation, for rows beyond a multiple of 4, and
 # for fewer than 8 (measured with its AVX-512, AVX2 and SSE paths). Eight rows take about as long
 # as one: both wait for the weights.
@@ -17,19 +19,21 @@ def linear(
     bias: Tensor | None = None,  # [out_features]
     residual: Tensor | None = None,  # [num_tokens, out_features]
     out: Tensor | None = None,  # [num_tokens, out_features], x's dtype or float32; may be residual
+    next_weight: Tensor | None = None,  # any 16-bit weight that a later kernel reads
 ) -> Tensor:
     """y = x W^T + b + residual, summed in float32 in this order and rounded once.
 
-    Returns out, or a new tensor of x's dtype. A row of y has the same bits whatever the other
+    Returns out, or a new tensor of x's dtype. next_weight is brought into L2 meanwhile, where the
+    GPU can (sm_90): of use if the kernels in between leave the memory idle. A row of y has the same bits whatever the other
     rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. Raises ValueError for shapes
     and dtypes that do not fit.
     """
     if out is None:
         out = x.new_empty(len(x), len(weight))
-    if x.is_cuda:
+    if dispatch.takes_kernel(x):
         from headrace.ops import linear_kernel
 
-        return linear_kernel.linear(x, weight, bias, residual, out)
+        return linear_kernel.linear(x, weight, bias, residual, out, next_weight)
     check(x, weight, bias, residual, out)
     wide = F.pad(x.float(), (0, 0, 0, -len(x) % _ROWS_TOGETHER))
     y = F.linear(wide, weight.float(), None if bias is None else bias.float())[: len(x)]

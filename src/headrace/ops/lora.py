@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.ops import dispatch
 from headrace.ops.arena import Take
 from headrace.ops.linear import linear
 
@@ -178,7 +179,7 @@ def add_lora(
 
     Returns y. A row's result does not depend on the rows beside it.
     """
-    if y.is_cuda:
+    if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_kernel
 
         parts = _own_parts(site, len(x), memory.device) if parts is None else parts
@@ -203,7 +204,7 @@ def add_lora_embedding(
     parts: Tensor | None = None,  # of LoraBuffers, on the GPU
 ) -> Tensor:
     """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
-    if y.is_cuda:
+    if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_embedding_kernel
 
         parts = _own_parts(site, len(y), memory.device) if parts is None else parts

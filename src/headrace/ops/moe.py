@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.ops import dispatch
 from headrace.ops.arena import Take
 from headrace.ops.experts import Experts, moe
 from headrace.ops.lora import MoELora
@@ -81,7 +82,7 @@ def moe_layer(
     On the GPU the experts' weights are PreparedMXFP4 or DenseWeight. Without buffers and out it
     allocates its own. Raises ValueError for wrong shapes, dtypes and layouts.
     """
-    if h.is_cuda:
+    if dispatch.takes_kernel(h):
         from headrace.ops.moe_kernel import moe_layer_kernel
 
         if lora is not None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from headrace.ops import dispatch
 from headrace.ops.kv_write import write_kv
 
 
@@ -59,7 +60,7 @@ def rope_cos_sin(
 
     Returns two [num_tokens, 1, head_dim / 2] float32, for any number of heads.
     """
-    if positions.is_cuda:
+    if dispatch.takes_kernel(positions):
         # Triton may be missing where there is no GPU
         from headrace.ops import rope_kernel
 
@@ -89,7 +90,7 @@ def rope_and_cache(
     Tokens with the same slot must have the same k and v. Raises ValueError for what the GPU's
     kernel does not take.
     """
-    if qkv.is_cuda:
+    if dispatch.takes_kernel(qkv):
         from headrace.ops import rope_kernel
 
         if out is None:
