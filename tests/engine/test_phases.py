@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from headrace.engine.phases import Phases, StartReport
+
+
+def test_phases_add_up_in_their_order() -> None:
+    phases = Phases()
+    for name, seconds in (("weights", 0.02), ("cache", 0.01), ("weights", 0.03)):
+        with phases(name):
+            time.sleep(seconds)
+    assert list(phases.seconds) == ["imports", "weights", "cache"]
+    assert phases.seconds["weights"] >= 0.05
+    assert 0.01 <= phases.seconds["cache"] < phases.seconds["weights"]
+
+
+def test_a_phase_that_fails_is_counted() -> None:
+    phases = Phases()
+    with pytest.raises(KeyError), phases("weights"):
+        raise KeyError
+    assert "weights" in phases.seconds
+
+
+def test_imports_run_from_the_start_of_the_process() -> None:
+    code = (
+        "import time; time.sleep(0.3)\n"
+        "from headrace.engine.phases import process_age\n"
+        "print(process_age())"
+    )
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.3 <= float(out.stdout) <= time.perf_counter() - start + 0.05
+
+
+def test_a_report_travels() -> None:
+    report = StartReport({"imports": 1.5, "weights": 2.0}, cache_bytes=3, cache_tokens=4)
+    sent = msgspec.msgpack.encode(report)
+    assert msgspec.msgpack.decode(sent, type=StartReport) == report
