@@ -1,8 +1,12 @@
 """Low-rank deltas through the kernels against float64, here and on a GPU."""
 
+import math
+
 import pytest
 import torch
 
+from headrace.ops import routing_kernel
+from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.lora import LoraRows, LoraSite
 from headrace.ops.lora_kernel import (
     FEW_ROWS,
@@ -12,7 +16,8 @@ from headrace.ops.lora_kernel import (
     low_rank_parts,
     shrink_experts,
 )
-from headrace.ops.tiles import MoETiles, Tile
+from headrace.ops.mxfp4_kernel import RowOrder
+from headrace.ops.tiles import MoETiles, Problem, Tile, choose
 from tests.ops.test_experts_kernel import Weights, errors, routing, run_layer
 
 gpu = pytest.mark.gpu
@@ -21,46 +26,49 @@ ALIGNMENT = 128
 
 
 class Adapters:
-    """Random adapters of one site, in the flat memory and as float64 factors."""
+    """Random adapters of one site in the flat memory, with NaN around every factor."""
 
     def __init__(self, ranks, in_features, widths, num_experts, device, dtype):
         """ranks: [num_segments][num_slots], 0 where an adapter leaves a segment alone."""
-        self.ranks, self.widths = ranks, widths
         generator = torch.Generator(device).manual_seed(len(ranks[0]))
-        chunks = [torch.full((ALIGNMENT,), float("nan"), device=device)]
-        self.factors, starts = {}, ([], [])
+        chunks = [torch.full((ALIGNMENT,), float("nan"), dtype=dtype, device=device)]
+        end = ALIGNMENT
 
         def place(*shape):
-            values = torch.randn(shape, device=device, generator=generator)
-            values = values / (in_features**0.5 if shape[-1] == in_features else 1)
-            start = sum(len(c) for c in chunks)
-            chunks.append(values.flatten())
-            chunks.append(torch.full((-values.numel() % ALIGNMENT,), float("nan"), device=device))
-            return start, values.to(dtype).double()
+            nonlocal end
+            start, size = end, math.prod(shape)
+            values = torch.randn(size, device=device, generator=generator)
+            gap = torch.full((ALIGNMENT - size % ALIGNMENT,), float("nan"), device=device)
+            chunks.extend((values.to(dtype), gap.to(dtype)))
+            end += size + len(gap)
+            return start
 
-        for segment, width in enumerate(widths):
-            for slot, rank in enumerate(ranks[segment]):
-                a = place(num_experts, rank, in_features) if rank else (-1, None)
-                b = place(num_experts, rank, width) if rank else (-1, None)
-                starts[0].append(a[0])
-                starts[1].append(b[0])
-                self.factors[segment, slot] = (a[1], b[1])
-        table = torch.tensor(ranks, dtype=torch.int32, device=device)
-        a, b = (torch.tensor(s, device=device).view(table.shape) for s in starts)
-        self.scale = 0.5 + torch.rand(table.shape, device=device, generator=generator)
-        self.memory = torch.cat(chunks).to(dtype)
-        self.site = LoraSite(in_features, tuple(widths), num_experts, a, b, table, self.scale)
+        rank = torch.tensor(ranks, dtype=torch.int32, device=device)
+        a, b = (torch.full(rank.shape, -1, device=device) for _ in range(2))
+        for segment, slot in rank.nonzero().tolist():
+            a[segment, slot] = place(num_experts, ranks[segment][slot], in_features)
+            b[segment, slot] = place(num_experts, ranks[segment][slot], widths[segment])
+        # a delta's values are of the order of one
+        scale = 0.5 + torch.rand(rank.shape, device=device, generator=generator)
+        scale /= (in_features * rank.clamp(min=1)).sqrt()
+        self.memory = torch.cat(chunks)
+        self.site = LoraSite(in_features, tuple(widths), num_experts, a, b, rank, scale)
 
     def delta(self, x, slot, expert=0):
         """[rows, sum(widths)] float64 for rows of one adapter."""
-        parts = []
-        for segment, width in enumerate(self.widths):
-            a, b = self.factors[segment, slot]
-            if a is None:
-                parts.append(x.new_zeros(len(x), width, dtype=torch.float64))
+        site, parts = self.site, []
+        for segment, width in enumerate(site.widths):
+            rank = int(site.rank[segment, slot])
+
+            def factor(table, columns, rank=rank, segment=segment):
+                start = int(table[segment, slot]) + expert * rank * columns
+                return self.memory[start:][: rank * columns].double().view(rank, columns)
+
+            if rank:
+                u = x.double() @ factor(site.a, site.in_features).T
+                parts.append(u * site.scale[segment, slot].double() @ factor(site.b, width))
             else:
-                u = x.double() @ a[expert].T * self.scale[segment, slot].double()
-                parts.append(u @ b[expert])
+                parts.append(x.new_zeros(len(x), width, dtype=torch.float64))
         return torch.cat(parts, 1)
 
 
@@ -84,10 +92,11 @@ def take(device):
 def check_rows(out, y, x, adapters, slot_of_row, limit, expert_of_row=None):
     """Rows with an adapter have its delta, within limit of the largest; the others their bits."""
     expected = y.double()
-    for row, slot in enumerate(slot_of_row.tolist()):
-        if slot >= 0:
-            expert = 0 if expert_of_row is None else int(expert_of_row[row])
-            expected[row] += adapters.delta(x[row, None], slot, expert)[0]
+    experts = torch.zeros_like(slot_of_row) if expert_of_row is None else expert_of_row
+    owners = torch.stack((slot_of_row.long(), experts.long()), 1)
+    for slot, expert in owners[slot_of_row >= 0].unique(dim=0).tolist():
+        rows = (owners == torch.tensor([slot, expert], device=owners.device)).all(1)
+        expected[rows] += adapters.delta(x[rows], slot, expert)
     none = slot_of_row < 0
     assert torch.equal(out[none], y[none])
     delta = expected - y.double()
@@ -191,7 +200,7 @@ class LayerAdapters:
     def reference(self, x, ids, weights, slot_of_token):
         def low_rank(matmul, x, token, expert):
             adapters = self.matmuls[matmul]
-            out = x.new_zeros(len(x), sum(adapters.widths), dtype=torch.float64)
+            out = x.new_zeros(len(x), *adapters.site.widths, dtype=torch.float64)
             slots = slot_of_token[token]
             for slot in slots[slots >= 0].unique().tolist():
                 out[slots == slot] = adapters.delta(x[slots == slot], slot, expert)
@@ -221,3 +230,225 @@ def test_interpreted_experts(slot_of_token):
     assert torch.equal(out[none], base[none])
     if not none.all():
         assert (out[~none] - base[~none]).abs().amax(1).min() > 0.01  # the adapters do something
+
+
+def gpu_adapters(ranks, in_features, widths, num_experts=1):
+    return Adapters(ranks, in_features, widths, num_experts, "cuda", torch.bfloat16)
+
+
+def random_slots(num_rows, num_slots):
+    """Every slot, and none as often as two slots."""
+    return (torch.randint(-2, num_slots, (num_rows,), device="cuda")).clamp(min=-1).int()
+
+
+@gpu
+@pytest.mark.parametrize("num_rows", [1, 2, 33, 128, 129, 1000, 1024, 1025, 4096])
+def test_dense(num_rows):
+    ranks = [[8, 64, 0, 16, 1, 512, 20], [8, 64, 32, 16, 0, 512, 4], [8, 64, 0, 16, 2, 512, 64]]
+    adapters = gpu_adapters(ranks, 2880, (4096, 512, 512))
+    slots = random_slots(num_rows, 7)
+    x = torch.randn(num_rows, 2880, device="cuda").bfloat16()
+    y = torch.randn(num_rows, 5120, device="cuda").bfloat16()
+    parts = low_rank_parts(take("cuda"), 3, num_rows, 512)
+    out = add_lora_kernel(y.clone(), x, adapters.site, adapters.memory, rows_of(slots, 7), parts)
+    check_rows(out, y, x, adapters, slots, 0.02)
+
+
+@gpu
+def test_dense_of_32_adapters_into_float32():
+    adapters = gpu_adapters([[16] * 32], 2880, (20108,))
+    slots = torch.arange(32, device="cuda", dtype=torch.int32)
+    x, y = torch.randn(32, 2880, device="cuda").bfloat16(), torch.randn(32, 20108, device="cuda")
+    parts = low_rank_parts(take("cuda"), 1, 32, 16)
+    out = add_lora_kernel(y.clone(), x, adapters.site, adapters.memory, rows_of(slots, 32), parts)
+    check_rows(out, y, x, adapters, slots, 0.02)
+
+
+@gpu
+def test_a_dense_row_has_the_same_bits_in_every_batch():
+    adapters = gpu_adapters([[64, 16, 8]] * 3, 2880, (4096, 512, 512))
+    x = torch.randn(4096, 2880, device="cuda").bfloat16()
+    y = torch.randn(4096, 5120, device="cuda").bfloat16()
+    slots = random_slots(4096, 3)
+    slots[123] = 1
+
+    def run(rows):
+        parts = low_rank_parts(take("cuda"), 3, len(rows), 64)
+        call = adapters.site, adapters.memory, rows_of(slots[rows], 3)
+        return add_lora_kernel(y[rows], x[rows], *call, parts)
+
+    alone = run(torch.tensor([123], device="cuda"))[0]
+    for size in (2, 5, 16, 17, 64, 100, 128, 129, 500, 1024, 1025, 3000, 4096):
+        rows = torch.randperm(4096, device="cuda")[:size]
+        rows[size // 2] = 123
+        assert torch.equal(run(rows)[size // 2], alone), size
+
+
+@gpu
+def test_embedding():
+    adapters = gpu_adapters([[8, 64, 0]], 20108, (2880,))
+    slots = random_slots(300, 3)
+    tokens = torch.randint(20108, (300,), device="cuda")
+    y = torch.randn(300, 2880, device="cuda").bfloat16()
+    parts = low_rank_parts(take("cuda"), 1, 300, 64)
+    call = adapters.site, adapters.memory, rows_of(slots, 3), parts
+    out = add_lora_embedding_kernel(y.clone(), tokens, *call)
+    check_rows(out, y, torch.nn.functional.one_hot(tokens, 20108), adapters, slots, 0.02)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """gpt-oss's experts with adapters of many ranks: both matmuls, only one of them, neither."""
+    weights = Weights(32, 2880, 2880)
+    ranks = ([64, 16, 8, 0, 1, 0, 200], [64, 16, 8, 32, 0, 0, 512])
+    biases = (weights.gate_up_bias, weights.down_bias)
+    adapters = LayerAdapters(weights, *ranks, "cuda", torch.bfloat16)
+    return adapters, biases, weights.kernel_weights()
+
+
+def run_and_base(layer, x, ids, weights, slots):
+    """The layer with adapters and without."""
+    adapters, biases, kernel_weights = layer
+    tiles = choose(Problem(ids.numel(), adapters.weights.num_experts))
+    out = adapters.run(x, ids, weights, slots, tiles, biases, kernel_weights)
+    base = run_layer(x, ids, weights, kernel_weights, biases, tiles, adapters.weights.num_experts)
+    return out, base
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 64, 128, 300, 1000, 4096])
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+def test_experts(layer, num_tokens, top_k):
+    if top_k != 4 and num_tokens > 300:
+        pytest.skip("one top_k is enough for many tokens")
+    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+    ids, weights = routing(num_tokens, 32, top_k, "cuda")
+    slots = random_slots(num_tokens, 7)
+    slots[0] = 0
+    out, base = run_and_base(layer, x, ids, weights, slots)
+    largest, rms = errors(out, layer[0].reference(x, ids, weights, slots))
+    assert largest < 0.025
+    assert rms < 0.005
+    assert torch.equal(out[slots < 0], base[slots < 0])
+    assert torch.equal(out[slots == 5], base[slots == 5])  # an adapter of nothing here
+    assert (out[slots == 0] != base[slots == 0]).any(1).all()
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 50, 2000])
+def test_no_adapter_in_the_batch(layer, num_tokens):
+    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+    ids, weights = routing(num_tokens, 32, 4, "cuda")
+    slots = torch.full((num_tokens,), -1, dtype=torch.int32, device="cuda")
+    out, base = run_and_base(layer, x, ids, weights, slots)
+    assert torch.equal(out, base)
+
+
+@gpu
+def test_a_token_has_the_same_bits_in_every_batch(layer):
+    x = torch.randn(4096, 2880, device="cuda").bfloat16()
+    ids, weights = routing(4096, 32, 4, "cuda")
+    slots = random_slots(4096, 7)
+    slots[1234] = 0
+
+    def run(rows):
+        return run_and_base(layer, x[rows], ids[rows], weights[rows], slots[rows])
+
+    alone, alone_base = run(torch.tensor([1234], device="cuda"))
+    assert not torch.equal(alone, alone_base)
+    for size in (2, 5, 16, 17, 33, 64, 100, 128, 200, 256, 257, 500, 1000, 2000, 4096):
+        rows = torch.randperm(4096, device="cuda")[:size]
+        rows[size // 2] = 1234
+        out, base = run(rows)
+        assert torch.equal(out[size // 2], alone[0]), size
+        none = slots[rows] < 0
+        assert torch.equal(out[none], base[none]), size
+
+
+@gpu
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("num_slots", [4, 6, 16])
+@pytest.mark.parametrize("top_k", [6, 12])
+def test_grid_of_100_tokens(rank, num_slots, top_k):
+    check_dense_experts(100, top_k, 64, [rank] * num_slots)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize(("num_experts", "rank"), [(64, 16), (128, 32)])
+@pytest.mark.parametrize(("top_k", "num_slots"), [(1, 4), (2, 8)])
+def test_grid_of_few_tokens(num_tokens, num_experts, rank, top_k, num_slots):
+    check_dense_experts(num_tokens, top_k, num_experts, [rank] * num_slots)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [16, 100])
+@pytest.mark.parametrize("ranks", [[4, 8], [128, 256], [1, 512, 0, 40]])
+def test_grid_of_small_and_large_ranks(num_tokens, ranks):
+    check_dense_experts(num_tokens, 4, 8, ranks)
+
+
+def check_dense_experts(num_tokens, top_k, num_experts, ranks, out_features=1408):
+    """One matmul of bfloat16 experts with adapters, and the same rows without them."""
+    in_features = 2048
+    adapters = gpu_adapters([ranks], in_features, (out_features,), num_experts)
+    shape = num_experts, out_features
+    weight = (torch.randn(*shape, in_features, device="cuda") / in_features**0.5).bfloat16()
+    bias = torch.randn(shape, device="cuda").bfloat16()
+    x = torch.randn(num_tokens, in_features, device="cuda").bfloat16()
+    ids, _ = routing(num_tokens, num_experts, top_k, "cuda")
+    slots = random_slots(num_tokens, len(ranks))
+    tile = Tile(16, 64, 64)
+    buffers = routing_kernel.allocate(
+        num_tokens, in_features, num_experts, top_k, 16, x.dtype, "cuda"
+    )
+    sort = routing_kernel.sort(ids, range(num_experts), buffers, 16)
+    parts = low_rank_parts(take("cuda"), 1, ids.numel(), max(ranks))
+    low_rank = shrink_experts(
+        x, adapters.site, adapters.memory, slots, sort, 16, top_k, True, parts
+    )
+    base, out = (torch.empty(ids.numel(), out_features, device="cuda").bfloat16() for _ in "12")
+    call = DenseWeight(weight, RowOrder.PLAIN), bias, sort, tile
+    grouped_matmul(x, *call, base, top_k, gather=True)
+    grouped_matmul(x, *call, out, top_k, gather=True, low_rank=low_rank)
+    pair = sort.slots.long()
+    token, expert = pair // top_k, ids.flatten()[pair].long()
+    exact = torch.empty(out.shape, dtype=torch.float64, device="cuda")
+    for e in expert.unique().tolist():
+        rows = expert == e
+        exact[rows] = x[token[rows]].double() @ weight[e].double().T + bias[e].double()
+    delta_less = torch.where((slots < 0)[token][:, None], base.double(), exact)
+    check_rows(out.double(), delta_less, x[token], adapters, slots[token], 0.02, expert)
+
+
+@gpu
+def test_one_graph_serves_every_mix(layer):
+    adapters, biases, kernel_weights = layer
+    tiles = choose(Problem(24 * 4, 32))
+    x = torch.randn(24, 2880, device="cuda").bfloat16()
+    ids, weights = routing(24, 32, 4, "cuda")
+    slots = random_slots(24, 7)
+    call = (x, ids, weights, slots, tiles, biases, kernel_weights)
+    adapters.run(*call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = adapters.run(*call)
+    for mix in ([-1] * 24, [0] * 24, [-1, 0, 6] * 8, list(range(6)) * 4):
+        slots.copy_(torch.tensor(mix))
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, adapters.run(*call))
+
+
+@gpu
+def test_wrong_factors_are_rejected(layer):
+    adapters, biases, kernel_weights = layer
+    x = torch.randn(16, 2880, device="cuda").bfloat16()
+    ids, weights = routing(16, 32, 4, "cuda")
+    slots = torch.zeros(16, dtype=torch.int32, device="cuda")
+    others = torch.full_like(slots, 1)
+    tiles = choose(Problem(64, 32))
+    out = adapters.run(x, ids, weights, others, tiles, biases, kernel_weights)
+    largest, rms = errors(out, adapters.reference(x, ids, weights, slots))
+    assert largest > 0.025
+    assert rms > 0.005
