@@ -121,3 +121,19 @@ def tune(
     from headrace.bench.tune import run_tune
 
     run_tune(Console(), size or SIZES, out)
+
+
+@app.command()
+def startup(
+    model: Annotated[
+        Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
+    ] = BUNDLED_MODEL,
+    flags: Annotated[
+        list[str] | None, typer.Argument(help="after --: flags of `headrace serve`")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
+) -> None:
+    """Time a server's start to its first answer, without and with its caches."""
+    from headrace.bench.startup import run_startup
+
+    run_startup(model, flags or [], csv)
