@@ -182,7 +182,7 @@ def add_lora(
     if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_kernel
 
-        parts = _own_parts(site, len(x), memory.device) if parts is None else parts
+        parts = own_parts(site, len(x), memory.device) if parts is None else parts
         return add_lora_kernel(y, x, site, memory, rows, parts)
     for slot, chosen in _rows_of_slots(rows):
         begin = 0
@@ -207,7 +207,7 @@ def add_lora_embedding(
     if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_embedding_kernel
 
-        parts = _own_parts(site, len(y), memory.device) if parts is None else parts
+        parts = own_parts(site, len(y), memory.device) if parts is None else parts
         return add_lora_embedding_kernel(y, token_ids, site, memory, rows, parts)
     for slot, chosen in _rows_of_slots(rows):
         if int(site.rank[0, slot]):
@@ -227,8 +227,14 @@ def add_expert_lora(
 ) -> Tensor:
     """y += scale (x A_e^T) B_e with the expert and the adapter of each row. Returns y.
 
-    For gate_up before the activation, for down before the routing weight.
+    For gate_up before the activation, for down before the routing weight. On the GPU these are
+    steps of the base matmuls (`headrace.ops.lora_kernel`); this is for few rows there.
     """
+    if dispatch.takes_kernel(y):
+        from headrace.ops.lora_kernel import add_expert_lora_kernel
+
+        parts = own_parts(site, len(y), memory.device)
+        return add_expert_lora_kernel(y, x, expert_of_row, slot_of_row, site, memory, parts)
     pairs = torch.stack((slot_of_row.long(), expert_of_row), dim=1)
     for slot, expert in pairs[slot_of_row >= 0].unique(dim=0).tolist():
         if int(site.rank[0, slot]):
@@ -239,7 +245,7 @@ def add_expert_lora(
     return y
 
 
-def _own_parts(site: LoraSite, num_rows: int, device: torch.device) -> Tensor:
+def own_parts(site: LoraSite, num_rows: int, device: torch.device) -> Tensor:
     """A buffer outside any arena; asks the device for the largest rank."""
     from headrace.ops.lora_kernel import low_rank_parts
 

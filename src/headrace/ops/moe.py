@@ -85,11 +85,10 @@ def moe_layer(
     if dispatch.takes_kernel(h):
         from headrace.ops.moe_kernel import moe_layer_kernel
 
-        if lora is not None:
-            raise NotImplementedError("adapters in the expert layers on the GPU")
         if buffers is None:
             buffers = own_buffers(len(h), weights, h.device)
-        return moe_layer_kernel(h, weights, buffers, torch.empty_like(h) if out is None else out)
+        out = torch.empty_like(h) if out is None else out
+        return moe_layer_kernel(h, weights, buffers, out, lora)
     x = rms_norm(h, weights.norm, weights.eps)
     ids, routing_weights = route(
         x, weights.router, weights.router_bias, weights.top_k, weights.renormalize, lora

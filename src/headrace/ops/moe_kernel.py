@@ -13,6 +13,8 @@ from headrace.ops.experts_kernel import (
     grouped_matmul,
     weighted_sum,
 )
+from headrace.ops.lora import MoELora, own_parts
+from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
 
@@ -22,6 +24,7 @@ def moe_layer_kernel(
     weights: MoEWeights,
     buffers: MoEBuffers,
     out: Tensor,  # [num_tokens, hidden]
+    lora: MoELora | None = None,
 ) -> Tensor:
     """out = h + sum_k weight_k expert_k(rms_norm(h))."""
     routing = buffers.routing
@@ -29,29 +32,48 @@ def moe_layer_kernel(
         h, None, weights.norm, weights.eps, weights.router, weights.router_bias, routing,
         buffers.tiles.gate_up.block_m, weights.renormalize,
     )  # fmt: skip
-    gate_up_matmul(weights, buffers)
-    down_matmul(weights, buffers)
+    gate_up_matmul(weights, buffers, lora)
+    down_matmul(weights, buffers, lora)
     everyone = range(weights.num_experts)
     return weighted_sum(buffers.weighted, routing.expert_ids, everyone, h, out)
 
 
-def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers) -> Tensor:
+def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:
     """buffers.activated = activation(W_e x + b_e) for each slot, sorted by expert."""
     experts, routing = weights.experts, buffers.routing
     return grouped_matmul(
         routing.normed, _in_gpu_layout(experts.gate_up), experts.gate_up_bias, routing.sorted,
         buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
         activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
+        low_rank=_shrink(lora, weights, buffers, first=True),
     )  # fmt: skip
 
 
-def down_matmul(weights: MoEWeights, buffers: MoEBuffers) -> Tensor:
+def down_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:
     """buffers.weighted = routing weight (W_e activated + b_e), a row for each slot."""
     experts, routing = weights.experts, buffers.routing
     return grouped_matmul(
         buffers.activated, _in_gpu_layout(experts.down), experts.down_bias, routing.sorted,
         buffers.tiles.down, buffers.weighted, weights.top_k, gather=False,
         slot_weights=routing.expert_weights.view(-1),
+        low_rank=_shrink(lora, weights, buffers, first=False),
+    )  # fmt: skip
+
+
+def _shrink(
+    lora: MoELora | None, weights: MoEWeights, buffers: MoEBuffers, first: bool
+) -> LowRank | None:
+    """What the adapters of the rows make of the first matmul's x, or of the second's."""
+    if lora is None:
+        return None
+    site = lora.layer.gate_up if first else lora.layer.down
+    x = buffers.routing.normed if first else buffers.activated
+    parts = lora.buffers.pairs
+    if parts is None:
+        parts = own_parts(site, len(buffers.activated), x.device)
+    return shrink_experts(
+        x, site, lora.memory, lora.rows.slot_of_row, buffers.routing.sorted,
+        buffers.tiles.gate_up.block_m, weights.top_k, first, parts,
     )  # fmt: skip
 
 
