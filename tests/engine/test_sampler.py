@@ -1,4 +1,4 @@
-"""Choosing tokens for a batch of unlike requests."""
+"""Choosing tokens for a batch of unlike requests, some of whose tokens the host does not know."""
 
 from array import array
 from typing import Any
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from headrace.engine.messages import SamplingParams
 from headrace.engine.request import Request
-from headrace.engine.sampler import choose_tokens, score_tokens, uniform
+from headrace.engine.sampler import Sampler, choose_tokens, score_tokens, uniform
+from headrace.engine.sampling_inputs import SamplingInputs
 
 VOCAB = 16
 
@@ -136,3 +137,147 @@ def test_scores_have_as_many_alternatives_as_asked() -> None:
         assert score.logprobs == pytest.approx(expected)
         assert score.logprobs[1:] == sorted(score.logprobs[1:], reverse=True)
     assert score_tokens(logits[:0], [], []) == []
+
+
+CPU = torch.device("cpu")
+PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.7, "repetition_penalty": 1.3}
+
+
+def unread(requests: list[Request], sampler: Sampler, logits: Tensor) -> list[int]:
+    """Sample as the engine does, which reads the tokens a step later."""
+    sampled = sampler.sample(logits.clone(), sampler.prepare(requests))
+    for r in requests:
+        r.num_in_flight += 1
+    return [token for token, _ in sampled.read()]
+
+
+def test_penalties_see_tokens_that_the_host_has_not_read() -> None:
+    def fresh() -> list[Request]:
+        plain = request([4, 5], [], seed=1)
+        first = request([1, 2], [3], seed=2, **PENALTIES)
+        second = request([6], [], temperature=0.0, frequency_penalty=0.9)
+        return [first, plain, second]
+
+    generator = torch.Generator().manual_seed(1)
+    steps = [torch.randn(3, VOCAB, generator=generator) for _ in range(12)]
+    known, late = fresh(), fresh()
+    sampler = Sampler(VOCAB, 3, CPU)
+    differs = False
+    for logits in steps:
+        expected = choose_tokens(logits, known)
+        differs |= expected[2] != logits[2].argmax()
+        assert unread(late, sampler, logits) == expected
+        for r, token in zip(known, expected, strict=True):
+            r.token_ids.append(token)
+    assert differs, "the penalty changed nothing"
+    # one goes, and its row of counts goes to another
+    sampler.release(late[0])
+    newcomer = request([9] * 40, [9, 8], seed=3, **PENALTIES)
+    logits = steps[0][:2]
+    expected = choose_tokens(logits, [known[2], newcomer])
+    assert unread([late[2], newcomer], sampler, logits) == expected
+    assert len(sampler._counts.counts) == 8
+
+
+def test_a_released_request_is_counted_anew() -> None:
+    sampler = Sampler(VOCAB, 1, CPU)
+    r = request([1], [2, 2], temperature=0.0, frequency_penalty=1.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 2] = 1.5
+    assert unread([r], sampler, logits) == [0]
+    sampler.release(r)
+    r.num_in_flight = 0
+    r.token_ids.pop()
+    assert unread([r], sampler, logits) == [2]
+    sampler.release(r)
+    with pytest.raises(AssertionError, match="not known to the host"):
+        sampler.prepare([r])
+
+
+def test_more_requests_with_penalties_than_slots() -> None:
+    requests = [request([i % VOCAB], [], temperature=0.0, presence_penalty=9.0) for i in range(20)]
+    sampler = Sampler(VOCAB, 20, CPU)
+    logits = logits_of(20)
+    first = unread(requests, sampler, logits)
+    second = unread(requests, sampler, logits)
+    assert first == logits.argmax(-1).tolist()
+    assert second == logits.topk(2).indices[:, 1].tolist()
+
+
+def test_plain_greedy_rows_send_nothing_and_equal_batches_send_numbers_only() -> None:
+    sampler = Sampler(VOCAB, 4, CPU)
+    assert sampler.prepare([greedy(), greedy()]) == SamplingInputs()
+    batch = [greedy(), request([1], [], seed=1), request([1], [], seed=2, top_k=2)]
+    before = sampler.prepare(batch)
+    assert before.drawn == [2, 1], "rows with filters come first"
+    batch[1].num_in_flight += 1
+    after = sampler.prepare(batch)
+    assert after.draws is before.draws
+    assert after.uniform is not None
+    assert after.uniform.tolist() == [uniform(2, 0), uniform(1, 1)]
+    assert sampler.prepare(batch[1:]).draws is not before.draws
+
+
+def test_stop_tokens_are_allowed_after_min_tokens_in_flight() -> None:
+    sampler = Sampler(VOCAB, 1, CPU)
+    logits = torch.arange(VOCAB).float()[None]
+    r = greedy(min_tokens=2, stop_token_ids=[VOCAB - 1])
+    tokens = [unread([r], sampler, logits)[0] for _ in range(4)]
+    assert tokens == [VOCAB - 2, VOCAB - 2, VOCAB - 1, VOCAB - 1]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = logits_of(5)
+    top = logits.argmax(-1).tolist()
+    batch = [
+        greedy(),
+        greedy(logprobs=2, logit_bias={top[1]: -99.0}),
+        request([1], [], seed=1, logprobs=0, temperature=9.0),
+        greedy(logprobs=3),
+        request([top[4]], [], seed=2, repetition_penalty=3.0, temperature=0.01, logprobs=1),
+    ]
+    sampler = Sampler(VOCAB, 5, CPU)
+    out = torch.full((5,), -1)
+    sampled = sampler.sample(logits.clone(), sampler.prepare(batch), out)
+    assert sampled.token_ids is out
+    found = sampled.read()
+    assert [token for token, _ in found] == choose_tokens(logits, batch) == out.tolist()
+    expected = score_tokens(logits, out.tolist(), [0, 2, 0, 3, 1])
+    assert [score for _, score in found] == [None, *expected[1:]]
+    assert found[1][0] != top[1]
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees_without_waiting() -> None:
+    torch.manual_seed(0)
+    vocab, device = 201_088, torch.device("cuda")
+    extras = [
+        request([7], [8], seed=8, top_p=0.9, top_k=50, temperature=0.8, logprobs=20, **PENALTIES),
+        greedy(logprobs=5),
+        request([7] * 3, [], temperature=0.0, logit_bias={5: 30.0}, frequency_penalty=2.0),
+    ]
+    batch = [*UNLIKE, *extras]
+    host, late = Sampler(vocab, 16, CPU), Sampler(vocab, 16, device)
+    steps = [torch.randn(len(batch), vocab) * 8 for _ in range(4)]
+    on_device = [logits.to(device) for logits in steps]
+    late.sample(on_device[0].clone(), late.prepare(batch)).read()  # compiles; counts a token
+    for r in batch:
+        late.release(r)
+    expected, found = [], []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for logits in on_device:
+            found.append(late.sample(logits, late.prepare(batch)))
+            scores = late.score(logits, [1, 2], [0, 20])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for logits, sampled in zip(steps, found, strict=True):
+        expected = host.sample(logits.clone(), host.prepare(batch)).read()
+        for (token, score), (token_, score_) in zip(sampled.read(), expected, strict=True):
+            assert token == token_
+            assert (score is None) == (score_ is None)
+            if score and score_:
+                assert score.token_ids == score_.token_ids
+                assert score.logprobs == pytest.approx(score_.logprobs, abs=2e-5)
+                assert score.rank == score_.rank
+    assert [len(s.token_ids) for s in scores.read()] == [1, 21]

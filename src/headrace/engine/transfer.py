@@ -8,22 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes; kernels compiled for aligned pointers need not be compiled again
+
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of 4- or 8-byte numbers on the device, in one copy; tensors of the same dtypes.
+    """One-dimensional arrays as tensors on the device, in one copy.
 
     Their pinned memory comes from torch's cache, which hands it out again after the copy.
     """
-    order = sorted(range(len(arrays)), key=lambda i: -arrays[i].itemsize)  # keeps 8 bytes aligned
-    words = [np.ascontiguousarray(arrays[i]).reshape(-1).view(np.int32) for i in order]
-    num_words = sum(map(len, words))
-    packed = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    np.concatenate(words, out=packed.numpy())
-    parts = packed.to(device, non_blocking=True).split([len(w) for w in words])
-    placed = dict(zip(order, parts, strict=True))
+    ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays])
+    starts = [0, *ends[:-1].tolist()]
+    packed = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = packed.numpy()
+    for array, start in zip(arrays, starts, strict=True):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).view("u1")
+    placed = packed.to(device, non_blocking=True)
     return [
-        placed[i].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
-        for i, array in enumerate(arrays)
+        placed[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype)
+        for array, start in zip(arrays, starts, strict=True)
     ]
 
 
@@ -31,8 +33,9 @@ class Download:
     """Tensors on their way to the host; `read` waits for them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # non-blocking: into pinned memory
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        # non-blocking: into pinned memory. A copy on the CPU too: the next step overwrites its
+        # own samples
+        self._tensors = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors]
         self._event = None
         if any(tensor.is_cuda for tensor in tensors):
             self._event = torch.cuda.Event()
