@@ -46,8 +46,6 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             params |= {"stop_token_ids": [1, 2, 3, 4]}
         if draw(st.integers(0, 3)) == 0:
             params |= {"logprobs": 2, "prompt_logprobs": 1}
-        if draw(st.integers(0, 3)) == 0:
-            params["adapter"] = "other"
         request = add_request(f"r{i}", shared + own, **params)
         abort_at = draw(st.integers(0, 30)) if draw(st.integers(0, 4)) == 0 else None
         found.append(Arrival(draw(st.integers(0, 12)), request, abort_at))
@@ -86,7 +84,7 @@ def drive(engine: Engine, work: list[Arrival]) -> dict[str, list[RequestOutput]]
     max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.integers(1, 40),
     prefix_caching=st.booleans(),
-    overlap=st.just(False),
+    overlap=st.booleans(),
 )
 def test_requests_get_the_tokens_they_get_alone(
     work: list[Arrival],
@@ -187,13 +185,12 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     assert again[0].num_cached_tokens == 12
 
 
-def test_adapters_do_not_share_prefixes() -> None:
+def test_an_adapter_without_a_pool_is_refused() -> None:
     engine = toy_engine()
-    prompt = list(range(30))
-    run(engine, add_request("a", prompt))
-    other = run(engine, add_request("b", prompt, adapter="other"))["b"]
-    same = run(engine, add_request("c", prompt, adapter="other"))["c"]
-    assert (other[0].num_cached_tokens, same[0].num_cached_tokens) == (0, 28)
+    [refusal] = run(engine, add_request("a", [1, 2], adapter="other"))["a"]
+    assert refusal.finish_reason == "error"
+    assert refusal.error is not None
+    assert "'other' is not loaded" in refusal.error
 
 
 def test_prompt_logprobs_ignore_the_prefix_cache() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
+from headrace.engine.adapters import Adapters
 from headrace.engine.cache_size import cache_memory, plan_cache
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
@@ -22,32 +22,10 @@ from headrace.engine.messages import (
 )
 from headrace.engine.request import Request, RequestError, new_request
 from headrace.engine.runner import Runner
-from headrace.engine.sampler import choose_tokens, score_tokens
+from headrace.engine.sampler import Sampled, Sampler, Scores
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan, Scheduler
 from headrace.engine.threads import set_cpu_threads
 from headrace.models import Model, load_model
-
-
-class Sampled:
-    def __init__(self, logits: Tensor, requests: list[Request]) -> None:
-        self.tokens = choose_tokens(logits, requests) if requests else []
-        rows = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        num_top = [requests[i].params.logprobs or 0 for i in rows]
-        scores = score_tokens(logits[rows], [self.tokens[i] for i in rows], num_top)
-        self.scores = dict(zip(rows, scores, strict=True))
-
-    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        return [(token, self.scores.get(i)) for i, token in enumerate(self.tokens)]
-
-
-class Scores:
-    def __init__(self, logits: Tensor, scoring: list[tuple[Request, int]]) -> None:
-        tokens = [request.token_ids[position + 1] for request, position in scoring]
-        num_top = [request.params.prompt_logprobs or 0 for request, _ in scoring]
-        self.scores = score_tokens(logits, tokens, num_top)
-
-    def read(self) -> list[TokenLogprobs]:
-        return self.scores
 
 
 @dataclass(frozen=True)
@@ -55,9 +33,9 @@ class Launched:
     """A batch that the device computes now, and who waits for what of it."""
 
     sampling: list[Request]
-    sampled: Sampled  # a token for each of `sampling`
+    sampled: Sampled | None  # a token for each of `sampling`
     scoring: list[Request]
-    scores: Scores  # of one prompt token for each of `scoring`
+    scores: Scores | None  # of one prompt token for each of `scoring`
     ending: list[Request]  # wanted their prompt computed, and no token
 
 
@@ -81,17 +59,25 @@ class Engine:
         on_gpu = self.model.device.type == "cuda"
         if on_gpu:  # on the CPU memory is taken as it is needed
             rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-            self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS)
+            max_rank = config.max_lora_rank if config.enable_lora else 0
+            self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
+        self.adapters = Adapters(config, self.model)
         layout, dtype = self.model.kv_layout, self.model.dtype
         memory = cache_memory(config, self.model.device)
         positions = self.model.config.max_position_embeddings
         pages, self.max_model_len = plan_cache(layout, config, memory, dtype, positions)
         self.cache = KVCache(layout.windows, pages, config.block_size, config.enable_prefix_caching)
-        self.runner = Runner(self.model, pages, config, self.max_model_len)
+        self.runner = Runner(self.model, pages, config, self.max_model_len, self.adapters.weights)
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
+        vocab_size = self.model.config.vocab_size
+        self.sampler = Sampler(vocab_size, config.max_num_seqs, self.model.device)
         self.requests: dict[str, Request] = {}
         self.ready = EngineReady(
-            self.max_model_len, pages, config.block_size, time.monotonic() - start
+            self.max_model_len,
+            pages,
+            config.block_size,
+            time.monotonic() - start,
+            config.max_loras if config.enable_lora else 0,
         )
         self.overlap = on_gpu  # read a step's tokens one step late
         self._launched: Launched | None = None
@@ -109,24 +95,26 @@ class Engine:
             request = new_request(
                 message, next(self._arrivals), self.config.seed, vocab_size, self.max_model_len
             )
+            request.use(self.adapters.find(message.adapter))
         except RequestError as error:
             refusal = RequestOutput(message.request_id, [], finish_reason="error", error=str(error))
             self._news.append(refusal)
             return
         self.requests[request.request_id] = request
-        self.scheduler.add(request)
+        if self.adapters.arrive(request):
+            self.scheduler.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their pages at once; unknown ids are ignored."""
         for request_id in request_ids:
             request = self.requests.pop(request_id, None)
             if request is not None:
-                self.scheduler.remove(request)
+                self._forget(request)
                 self._news.append(request.output([], finish_reason="abort"))
 
     def has_work(self) -> bool:
         """Whether a step would do or tell anything."""
-        return bool(self.requests or self._news or self._launched)
+        return bool(self.requests or self._news or self._launched or self.adapters.is_loading)
 
     def step(self) -> list[RequestOutput]:
         """Launch one batch, then tell the news of the batch before it.
@@ -135,6 +123,7 @@ class Engine:
         the device, where the new batch finds them.
         """
         outputs, self._news = self._news, []
+        outputs += self._take_loads()
         plan = self.scheduler.schedule()
         before, self._launched = self._launched, self._launch(plan) if plan else None
         if before:
@@ -142,8 +131,27 @@ class Engine:
         if self._launched and not self.overlap:
             outputs += self._collect(self._launched)
             self._launched = None
-        assert plan or before or not self.requests, "requests are waiting and nothing runs"
+        if not plan and not before:
+            waits = self.adapters.is_loading or outputs or not self.requests
+            assert waits, "requests are waiting and nothing runs"
+            self.adapters.wait()
         return outputs
+
+    def _take_loads(self) -> list[RequestOutput]:
+        """Queue the requests whose adapter has arrived; errors for those whose adapter can't."""
+        news, outputs = self.adapters.advance(), []
+        for request in news.released:
+            self.scheduler.add(request)
+        for request, error in news.failed:
+            del self.requests[request.request_id]
+            outputs.append(request.output([], finish_reason="error", error=error))
+        return outputs
+
+    def _forget(self, request: Request) -> None:
+        """Free what a request holds, whether it runs or waits."""
+        self.sampler.release(request)
+        if not self.adapters.leave(request):
+            self.scheduler.remove(request)
 
     def _launch(self, plan: Plan) -> Launched:
         """Hand a batch to the device, and take its tokens for computed."""
@@ -152,8 +160,8 @@ class Engine:
         logits = self.runner.forward(plan, output_rows(plan, sampling, scoring))
         launched = Launched(
             sampling=sampling,
+            scores=self._score(logits[len(sampling) :], scoring),
             sampled=self._sample(logits[: len(sampling)], sampling),
-            scores=Scores(logits[len(sampling) :], scoring),
             scoring=[request for request, _ in scoring],
             ending=[r for r, n in plan.items() if r.params.max_tokens == 0 == r.num_pending - n],
         )
@@ -166,19 +174,29 @@ class Engine:
         self._iteration_tokens.append(sum(plan.values()))
         return launched
 
-    def _sample(self, logits: Tensor, requests: list[Request]) -> Sampled:
-        sampled = Sampled(logits, requests)
-        self.runner.sampled[: len(requests)] = torch.tensor(sampled.tokens, dtype=torch.int64)
-        return sampled
+    def _sample(self, logits: Tensor, requests: list[Request]) -> Sampled | None:
+        """Choose tokens; they stay on the device for the next step, too."""
+        if not requests:
+            return None
+        inputs = self.sampler.prepare(requests)
+        return self.sampler.sample(logits, inputs, out=self.runner.sampled[: len(requests)])
+
+    def _score(self, logits: Tensor, scoring: list[tuple[Request, int]]) -> Scores | None:
+        """Score the prompt tokens after the given positions."""
+        if not scoring:
+            return None
+        tokens = [request.token_ids[position + 1] for request, position in scoring]
+        num_top = [request.params.prompt_logprobs or 0 for request, _ in scoring]
+        return self.sampler.score(logits, tokens, num_top)
 
     def _collect(self, launched: Launched) -> list[RequestOutput]:
         """Wait until the device has computed a batch; its news."""
         outputs = []
-        for request, score in zip(launched.scoring, launched.scores.read(), strict=True):
+        scores = launched.scores.read() if launched.scores else []
+        for request, score in zip(launched.scoring, scores, strict=True):
             request.prompt_logprobs.append(score)
-        for request, (token, logprobs) in zip(
-            launched.sampling, launched.sampled.read(), strict=True
-        ):
+        sampled = launched.sampled.read() if launched.sampled else []
+        for request, (token, logprobs) in zip(launched.sampling, sampled, strict=True):
             if self._is_live(request):
                 outputs.append(self._tell(request, token, logprobs))
         for request in filter(self._is_live, launched.ending):
@@ -202,7 +220,7 @@ class Engine:
     ) -> RequestOutput:
         """The last output of a request, whose pages are free from now on."""
         del self.requests[request.request_id]
-        self.scheduler.remove(request)
+        self._forget(request)
         stop = tokens[-1] if reason == "stop" else None
         return request.output(tokens, finish_reason=reason, stop_token_id=stop, **news)
 
@@ -211,13 +229,15 @@ class Engine:
         steps, self._iteration_tokens = self._iteration_tokens, []
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.requests) - len(self.scheduler.running),
             kv_cache_usage=self.cache.usage,
             num_preemptions=self.scheduler.num_preemptions,
             prefix_cache_queries=self.scheduler.prefix_cache_queries,
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
             num_steps=self._num_steps,
             iteration_tokens=steps,
+            running_adapters=self.adapters.names_of(lambda lora: lora.holders > 0),
+            waiting_adapters=self.adapters.names_of(lambda lora: bool(lora.parked)),
         )
 
     def check(self) -> None:
