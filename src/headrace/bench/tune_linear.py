@@ -155,7 +155,7 @@ def _timed(
 def _with_tile(calls: Calls, tile: LinearTile) -> Callable[[int], Tensor]:
     def run(i: int) -> Tensor:
         x, weight = calls.operands(i)
-        return linear_kernel.linear(x, weight, calls.bias, calls.residual, calls.out, tile)
+        return linear_kernel.linear(x, weight, calls.bias, calls.residual, calls.out, tile=tile)
 
     return run
 
@@ -177,7 +177,9 @@ def _after_norm(calls: Calls, tile: LinearTile) -> Callable[[int], Tensor]:
     def run(i: int) -> Tensor:
         x, weight = calls.operands(i)
         rms_norm(x, norm_weight, EPS, normed)
-        return linear_kernel.linear(normed, weight, calls.bias, calls.residual, calls.out, tile)
+        return linear_kernel.linear(
+            normed, weight, calls.bias, calls.residual, calls.out, tile=tile
+        )
 
     return run
 

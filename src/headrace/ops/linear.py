@@ -23,10 +23,10 @@ def linear(
 ) -> Tensor:
     """y = x W^T + b + residual, summed in float32 in this order and rounded once.
 
-    Returns out, or a new tensor of x's dtype. next_weight is brought into L2 meanwhile, where the
-    GPU can (sm_90): of use if the kernels in between leave the memory idle. A row of y has the same bits whatever the other
-    rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. Raises ValueError for shapes
-    and dtypes that do not fit.
+    Returns out, or a new tensor of x's dtype. A row of y has the same bits whatever the other
+    rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. next_weight is brought into L2
+    meanwhile, where the GPU can (sm_90): of use if the kernels in between leave the memory idle.
+    Raises ValueError for shapes and dtypes that do not fit.
     """
     if out is None:
         out = x.new_empty(len(x), len(weight))

@@ -23,21 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
-
-_PREFETCH_PTX = tl.constexpr("""{
-.reg .pred first;
-mov.u32 $0, %tid.x;
-setp.eq.u32 first, $0, 0;
-@first cp.async.bulk.prefetch.L2.global [$1], $2;
-}""")
-
-
-@triton.jit
-def _prefetch(ptr, num_bytes):
-    """Ask for contiguous bytes, a multiple of 16, to be brought into L2; waits for nothing."""
-    tl.inline_asm_elementwise(
-        _PREFETCH_PTX, "=r,l,r", [ptr, num_bytes], dtype=tl.int32, is_pure=False, pack=1
-    )
+from headrace.ops.prefetch_kernel import prefetch, prefetch_share, prefetchable
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -49,9 +35,11 @@ def linear_kernel(
     bias_ptr,  # [out_features], or None
     residual_ptr,  # [num_tokens, out_features], or None
     out_ptr,  # [num_tokens, out_features]; may be residual
+    next_ptr,  # weights to bring into L2 at the end, or None
     num_tokens,
     out_features,
     in_features,
+    next_bytes,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
     BLOCK_M: tl.constexpr,  # tokens
@@ -73,17 +61,24 @@ def linear_kernel(
     row = pid_n * ROWS
     rows = tl.minimum(ROWS, out_features - row)
     if EARLY:
-        _prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
+        prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
         gdc_wait()
-    n = row + tl.arange(0, BLOCK_N)
-    n_mask = n < row + rows
-    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_mask = m < num_tokens
+    first_m = pid_m * BLOCK_M
+    n = tl.arange(0, BLOCK_N)
+    n_mask = n < rows
+    m = tl.arange(0, BLOCK_M)
+    m_mask = m < num_tokens - first_m
     k = tl.arange(0, BLOCK_K)
-    w_ptrs = weight_ptr + n.to(tl.int64)[:, None] * in_features + k[None, :]
-    x_ptrs = x_ptr + m.to(tl.int64)[None, :] * in_features + k[:, None]
-    if bias_ptr is not None:  # read here: the wait for memory would show at the end
-        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+    w_ptrs = weight_ptr + row.to(tl.int64) * in_features + n[:, None] * in_features + k[None, :]
+    x_ptrs = x_ptr + first_m.to(tl.int64) * in_features + m[None, :] * in_features + k[:, None]
+    first = first_m.to(tl.int64) * out_features + row
+    place = m[None, :] * out_features + n[:, None]
+    mask = n_mask[:, None] & m_mask[None, :]
+    # read here, where registers allow: at the end, the wait for memory would show
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + row + n, mask=n_mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None and BLOCK_M <= 32:
+        residual = tl.load(residual_ptr + first + place, mask=mask, other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, in_features, BLOCK_K):
         if x_desc is not None:
@@ -91,7 +86,7 @@ def linear_kernel(
                 w = weight_desc.load([pid_n, 0, start]).reshape(BLOCK_N, BLOCK_K)
             else:
                 w = weight_desc.load([row, start])
-            x = x_desc.load([pid_m * BLOCK_M, start]).T
+            x = x_desc.load([first_m, start]).T
         elif EVEN_K:
             w = tl.load(w_ptrs + start, mask=n_mask[:, None], other=0.0)
             x = tl.load(x_ptrs + start, mask=m_mask[None, :], other=0.0)
@@ -102,14 +97,16 @@ def linear_kernel(
         acc = tl.dot(w, x, acc, input_precision="ieee")
     if EARLY:
         gdc_launch_dependents()
+    if next_ptr is not None:
+        prefetch_share(next_ptr, next_bytes)
 
     if bias_ptr is not None:
         acc += bias[:, None]
-    place = m.to(tl.int64)[None, :] * out_features + n[:, None]
-    mask = n_mask[:, None] & m_mask[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        if BLOCK_M > 32:
+            residual = tl.load(residual_ptr + first + place, mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    tl.store(out_ptr + first + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(
@@ -118,10 +115,12 @@ def linear(
     bias: Tensor | None,  # [out_features]
     residual: Tensor | None,  # [num_tokens, out_features]
     out: Tensor,  # [num_tokens, out_features]; may be residual
+    next_weight: Tensor | None = None,
     tile: LinearTile | None = None,
 ) -> Tensor:
     """out = x W^T + b + residual, summed in float32 in this order and rounded once.
 
+    next_weight, which a later kernel reads, is brought into L2 (sm_90).
     Raises ValueError for shapes and dtypes that do not fit and tensors that are not contiguous.
     """
     check(x, weight, bias, residual, out)
@@ -130,6 +129,7 @@ def linear(
         return out
     tile = tile or choose(_problem(x, weight))
     x_desc, weight_desc = _descriptors(x, weight, tile) if tile.tma else (None, None)
+    next_weight = prefetchable(next_weight)
     blocks = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
     linear_kernel[(blocks,)](
         x,
@@ -139,8 +139,10 @@ def linear(
         bias,
         residual,
         out,
+        next_weight,
         len(x),
         *weight.shape,
+        0 if next_weight is None else next_weight.nbytes,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
         EARLY=tile.early,
         BLOCK_M=tile.block_m,

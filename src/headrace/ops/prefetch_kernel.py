@@ -1,0 +1,61 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Weights into L2 while the kernels before their use leave the memory idle.
+
+The bulk prefetch of sm_90: one instruction asks for kilobytes, and nobody waits for them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# thread i of the first warp asks for piece i: address, bytes in all, bytes of a piece
+_PREFETCH_PTX = tl.constexpr("""{
+.reg .pred mine;
+.reg .b32 first, size;
+.reg .b64 address;
+mov.u32 $0, %tid.x;
+setp.lt.u32 mine, $0, 32;
+mul.lo.u32 first, $0, $3;
+setp.lt.and.u32 mine, first, $2, mine;
+sub.u32 size, $2, first;
+min.u32 size, size, $3;
+cvt.u64.u32 address, first;
+add.u64 address, address, $1;
+@mine cp.async.bulk.prefetch.L2.global [address], size;
+}""")
+
+
+@triton.jit
+def prefetch(ptr, num_bytes):
+    """Ask for num_bytes at ptr, both multiples of 16; less than 4 GB."""
+    piece = tl.cdiv(num_bytes, 32 * 16) * 16
+    tl.inline_asm_elementwise(
+        _PREFETCH_PTX,
+        "=r,l,r,r",
+        [ptr, num_bytes.to(tl.int32), piece.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_share(ptr, num_bytes):
+    """Ask for this program's share of num_bytes at ptr, which is a pointer to 16-bit values."""
+    programs = tl.num_programs(0)
+    share = tl.cdiv(num_bytes, programs * 16).to(tl.int64) * 16
+    first = tl.program_id(0) * share
+    if first < num_bytes:
+        prefetch(ptr + first // 2, tl.minimum(share, num_bytes - first))
+
+
+def prefetchable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or None where there is nothing to ask for or nobody to ask."""
+    if tensor is None or not tensor.is_cuda:
+        return None
+    aligned = tensor.nbytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and tensor.is_contiguous()
+    bulk = torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return tensor if aligned and bulk and tensor.element_size() == 2 else None
