@@ -29,3 +29,11 @@ def test_strided_keys_and_values() -> None:
 def test_shapes_that_do_not_fit_are_a_bug() -> None:
     with pytest.raises(AssertionError, match=r"k\.shape"):
         write_kv(torch.zeros(2, 2, 2, 2, 4), *torch.zeros(2, 1, 1, 4), torch.tensor([0]))
+
+
+def test_a_token_without_a_slot_is_skipped() -> None:
+    cache = torch.zeros(2, 2, 2, 1, 4)
+    k, v = torch.randn(2, 3, 1, 4, generator=torch.Generator().manual_seed(0))
+    write_kv(cache, k, v, torch.tensor([3, -1, 1]))
+    assert torch.equal(cache.flatten(1, 2)[:, [3, 1]], torch.stack((k[[0, 2]], v[[0, 2]])))
+    assert not cache.flatten(1, 2)[:, [0, 2]].any()
