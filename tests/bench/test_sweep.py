@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from headrace.bench import sweep as module
 from headrace.bench.commands import app
-from headrace.bench.server_process import is_healthy, running_server
-from headrace.bench.sweep import Sweep, lora_flags, parse_users
+from headrace.bench.server_process import is_healthy, largest_rank, lora_flags, running_server
+from headrace.bench.sweep import Sweep, parse_users
 from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError
 
@@ -67,19 +67,18 @@ def fail_beside_a_server(urls: list[str]) -> None:
 
 def test_adapters_become_the_servers_flags() -> None:
     modules = tuple(f"{name}={ADAPTERS / name}" for name in ("reverse", "subtract"))
-    sweep = Sweep(BUNDLED_MODEL, (1,), 8, 8, 1, modules, "", 1)
-    assert sweep.rank == 8
-    assert lora_flags(modules, 8) == [
+    assert largest_rank(modules) == 8
+    assert lora_flags(modules) == [
         "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8",
         f"--lora-modules=reverse={ADAPTERS / 'reverse'}",
         f"--lora-modules=subtract={ADAPTERS / 'subtract'}",
     ]  # fmt: skip
-    assert lora_flags((), 0) == []
+    assert lora_flags(()) == []
 
 
 @pytest.mark.parametrize(
     ("users", "modules"), [("1,x", ()), ("0", ()), ("", ()), ("1", ("a",)), ("1", ("a=/none",))]
 )
 def test_wrong_flags_are_refused(users: str, modules: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"--users|--lora-modules"):
+    with pytest.raises(ConfigError, match=r"--users|--lora-modules|adapter_config.json"):
         Sweep(BUNDLED_MODEL, parse_users(users), 8, 8, 1, modules, "", 1)

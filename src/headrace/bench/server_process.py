@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headrace.config import ConfigError
+from headrace.models.weights import read_json
 
 START = "from headrace.cli import main; main()"
 POLL = 0.1  # seconds between looks at /health
@@ -44,6 +45,28 @@ def running_server(model: Path, flags: Sequence[str], start_timeout: float) -> I
             yield url
         finally:
             stop(process)
+
+
+def lora_flags(modules: Sequence[str]) -> list[str]:
+    """Return the flags that make a server serve these adapters, NAME=DIRECTORY each."""
+    if not modules:
+        return []
+    sizes = ["--max-loras", str(len(modules)), "--max-lora-rank", str(largest_rank(modules))]
+    return ["--enable-lora", *sizes, *(f"--lora-modules={module}" for module in modules)]
+
+
+def largest_rank(modules: Sequence[str]) -> int:
+    """Return the largest rank of these adapters, 0 without any; ConfigError for what is none."""
+    rank = 0
+    for module in modules:
+        name, _, path = module.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--lora-modules {module}: give NAME=DIRECTORY of an adapter")
+        config = read_json(Path(path) / "adapter_config.json")
+        if not isinstance(config.get("r"), int):
+            raise ConfigError(f"{path}/adapter_config.json has no rank `r`")
+        rank = max(rank, config["r"])
+    return rank
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from headrace.bench.report import Report, SweepRow, write_report
 from headrace.bench.results import write_csv
 from headrace.bench.serve import measure, print_failures
 from headrace.bench.serve_config import ServeBenchConfig
-from headrace.bench.server_process import running_server
+from headrace.bench.server_process import largest_rank, lora_flags, running_server
 from headrace.config import ConfigError
 from headrace.models.config import read_config
 
@@ -49,15 +48,7 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.users or min(self.users) < 1:
             raise ConfigError("--users must be numbers of 1 or more, such as 1,2,4,8")
-        for module in self.lora_modules:
-            if not (Path(module.partition("=")[2]) / "adapter_config.json").is_file():
-                raise ConfigError(f"--lora-modules {module}: give NAME=DIRECTORY of an adapter")
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of the adapters, 0 without."""
-        paths = [Path(m.partition("=")[2]) / "adapter_config.json" for m in self.lora_modules]
-        return max((int(json.loads(path.read_text())["r"]) for path in paths), default=0)
+        largest_rank(self.lora_modules)  # refuses what is no adapter
 
 
 def parse_users(text: str) -> tuple[int, ...]:
@@ -90,9 +81,8 @@ def run_sweep(sweep: Sweep, out: Path | None) -> int:
             rows.append(row)
             print(row.line, flush=True)
             write_csv(out / "serve.csv", rows)
-    write_report(
-        out / "serve.html", Report(sweep.model.name, device, gpu, config, sweep.rank, rows)
-    )
+    rank = largest_rank(sweep.lora_modules)
+    write_report(out / "serve.html", Report(sweep.model.name, device, gpu, config, rank, rows))
     print(f"Written: {out / 'serve.csv'}, {out / 'serve.html'}")
     return 1 if failed else 0
 
@@ -105,7 +95,7 @@ def measure_server(
     loads += [load for load in peer_loads if load not in loads]
     most = max(load.users for load in loads)
     flags = ["--no-enable-prefix-caching", "--max-num-seqs", str(most)]
-    flags += lora_flags(lora_modules, sweep.rank) + shlex.split(sweep.serve_args)
+    flags += lora_flags(lora_modules) + shlex.split(sweep.serve_args)
     with running_server(sweep.model, flags, sweep.start_timeout) as url:
         for seed, load in enumerate(loads):
             config = ServeBenchConfig(
@@ -135,14 +125,6 @@ def measure_server(
                 ),
                 summary.failed,
             )
-
-
-def lora_flags(lora_modules: tuple[str, ...], rank: int) -> list[str]:
-    """Return the server's flags for these adapters."""
-    if not lora_modules:
-        return []
-    sizes = ["--max-loras", str(len(lora_modules)), "--max-lora-rank", str(rank)]
-    return ["--enable-lora", *sizes, *(f"--lora-modules={module}" for module in lora_modules)]
 
 
 def device_name() -> str:

@@ -1,0 +1,1 @@
+"""Accuracy of a served model and its adapters, with lm-eval as the engine."""
