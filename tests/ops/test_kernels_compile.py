@@ -14,13 +14,14 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel, routing_kernel
+from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel
+from headrace.ops import routing_kernel, sort_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
 
-CONTEXT = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "y": "*bf16",
-           "residual": "*bf16", "summed": "*bf16", "partials": "*fp32", "weights": "*fp32",
-           "slot_weights": "*fp32", "memory": "*bf16", "a": "*i64", "b": "*i64",
-           "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
+CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
+           "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
+           "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "memory": "*bf16",
+           "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
            "y_stride"}
@@ -133,14 +134,17 @@ def all_kernels(capability):
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
                                      dict(LET_NEXT_START=capability == 90, BLOCK=4096), 8)
     for experts in (32, 128):
-        results[f"router {experts}"] = compile_kernel(
-            routing_kernel.router_kernel, capability,
-            dict(TOP_K=4, PADDED_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SLICE_K=192,
-                 BLOCK_K=64, SLICES=15, BLOCK_M=16, SLOTS=512))
-    results["sort count"] = compile_kernel(routing_kernel.sort_count_kernel, capability,
-                                           dict(EXPERTS=128, SLOTS=512), 8)
-    results["sort place"] = compile_kernel(routing_kernel.sort_place_kernel, capability,
-                                           dict(EXPERTS=128, SLOTS=512, CHUNKS=16, BLOCK_M=16), 8)
+        for split, chunks in ((True, 1), (True, 8), (False, 1)):  # to 16, to 128 tokens, beyond
+            results[f"router {experts} {split} {chunks}"] = compile_kernel(
+                routing_kernel.router_kernel, capability,
+                dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, EXPERTS=experts, BLOCK_T=16,
+                     SLICE_K=256, BLOCK_K=64, SPLIT=split, ONE_CHUNK=split and chunks == 1,
+                     BLOCK_M=16, CHUNKS=chunks, SLOTS=64 * chunks, residual_ptr=None), 8)
+        results[f"place {experts}"] = compile_kernel(
+            sort_kernel.place_kernel, capability,
+            dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)
+    results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
+                                     dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
     return results | lora_kernels(capability)
 
 print(json.dumps(all_kernels(int(sys.argv[1]))))

@@ -12,8 +12,8 @@ from headrace.ops.linear import linear
 from headrace.ops.lora import MoELora, add_lora
 
 BLOCK_T = 16  # tokens of a router program
-SLICE_K = 192  # columns of a router program
-SORT_CHUNK = 512  # slots that one program sorts
+SLICE_K = 256  # columns of a router program
+GROUP_CHUNKS = 8  # chunks of BLOCK_T tokens that one program sorts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class RoutingBuffers:
     counters: Tensor  # from `routing_counters`
     normed: Tensor  # [num_tokens, hidden]
     summed: Tensor  # [num_tokens, hidden]: x + residual
-    partials: Tensor  # [slices, num_tokens, padded experts] float32
+    partials: Tensor  # [slices, at most 128 tokens, padded experts] float32
+    ranks: Tensor  # [num_tokens, top_k] int32
     histograms: Tensor  # [chunks, padded experts] int32
     expert_ids: Tensor  # [num_tokens, top_k] int32
     expert_weights: Tensor  # [num_tokens, top_k] float32
@@ -66,8 +67,11 @@ def routing_buffers(
         counters=counters,
         normed=take((num_tokens, hidden), dtype),
         summed=take((num_tokens, hidden), dtype),
-        partials=take((-(-hidden // SLICE_K), num_tokens, padded), torch.float32),
-        histograms=take((-(-num_slots // SORT_CHUNK), padded), torch.int32),
+        partials=take(
+            (-(-hidden // SLICE_K), min(num_tokens, BLOCK_T * GROUP_CHUNKS), padded), torch.float32
+        ),
+        ranks=take((num_tokens, top_k), torch.int32),
+        histograms=take((-(-num_tokens // BLOCK_T), padded), torch.int32),
         expert_ids=take((num_tokens, top_k), torch.int32),
         expert_weights=take((num_tokens, top_k), torch.float32),
         sorted=SortedSlots(take((num_slots,), torch.int32), take((blocks, 4), torch.int32)),
