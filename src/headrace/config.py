@@ -30,6 +30,14 @@ class EngineConfig:
     block_size: int = flag(16, "tokens in one KV-cache page", low=1)
     enable_prefix_caching: bool = flag(True, "reuse the pages of shared prompt prefixes")
     seed: int = flag(0, "seed of requests that bring none")
+    enable_lora: bool = flag(False, "serve LoRA adapters beside the model")
+    lora_modules: tuple[str, ...] = flag((), "an adapter to load at start: NAME=DIRECTORY")
+    max_loras: int = flag(4, "most adapters on the device at once", low=1, high=1024)
+    max_lora_rank: int = flag(64, "largest rank of any target of an adapter", low=1, high=512)
+    max_cpu_loras: int | None = flag(
+        None, "adapters kept in CPU memory (default: max-loras)", low=1
+    )
+    lora_memory: int = flag(0, "bytes for adapters (0: max-loras of them at max-lora-rank)", low=0)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -17,14 +17,17 @@ import zmq.asyncio
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.messages import (
     AbortRequest,
+    AdapterReply,
     AddRequest,
     EngineLoading,
     EngineReady,
     EngineStats,
     FromEngine,
+    LoadAdapter,
     RequestOutput,
     Shutdown,
     ToEngine,
+    UnloadAdapter,
 )
 from headrace.engine.process import MakeEngine, make_engine, run_engine
 
@@ -59,6 +62,7 @@ class EngineClient:
         self._on_progress = on_progress
         self._make = make
         self._queues: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._adapters: dict[str, asyncio.Future[AdapterReply]] = {}  # loads and unloads, by name
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -144,6 +148,17 @@ class EngineClient:
         if self.is_alive:
             self._send(AbortRequest(list(request_ids)))
 
+    async def change_adapter(self, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
+        """Load or unload an adapter, after what is under way for its name; says how it ended."""
+        while before := self._adapters.get(message.name):
+            await asyncio.wait([before])
+        if not self.is_alive:
+            return AdapterReply(message.name, f"the engine is gone: {self.dead_reason}")
+        reply: asyncio.Future[AdapterReply] = asyncio.get_running_loop().create_future()
+        self._adapters[message.name] = reply
+        self._send(message)
+        return await asyncio.shield(reply)
+
     async def shutdown(self, drain_timeout: float = 0.0) -> None:
         """Take no more requests, let running ones finish for a while, then end the process."""
         self._closing = True
@@ -184,6 +199,8 @@ class EngineClient:
     def _dispatch(self, message: FromEngine) -> None:
         if isinstance(message, RequestOutput):
             self._deliver(message)
+        elif isinstance(message, AdapterReply):
+            self._adapters.pop(message.name).set_result(message)
         elif isinstance(message, EngineStats):
             self.stats = message
             if self.on_stats:
@@ -224,5 +241,7 @@ class EngineClient:
             error = ConfigError(reason) if caller_mistake else EngineDeadError(reason)
             self._ready.set_exception(error)
         text = f"the engine is gone: {reason}"
+        for name in list(self._adapters):
+            self._adapters.pop(name).set_result(AdapterReply(name, text))
         for request_id in list(self._queues):
             self._deliver(RequestOutput(request_id, [], finish_reason="error", error=text))

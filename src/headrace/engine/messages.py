@@ -45,6 +45,20 @@ class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str]
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Read a PEFT directory and serve it under a name; answered by an AdapterReply."""
+
+    name: str
+    path: str
+    in_place: bool = False  # replace the adapter of that name, for requests that come later
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Forget an adapter once its requests are done; answered by an AdapterReply."""
+
+    name: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing, free everything, exit 0."""
 
@@ -71,6 +85,14 @@ class RequestOutput(msgspec.Struct, frozen=True, tag="output"):
     queued_s: float = 0.0  # with the first token: time between arrival and first scheduling
 
 
+class AdapterReply(msgspec.Struct, frozen=True, tag="adapter"):
+    """How a LoadAdapter or UnloadAdapter ended."""
+
+    name: str
+    error: str | None = None
+    not_found: bool = False  # the error is that there is nothing of that name or path
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     """Counters since start and gauges of now; sent at most a few times a second and when idle."""
 
@@ -82,6 +104,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_cache_hits: int  # tokens found
     num_steps: int
     iteration_tokens: list[int] = []  # tokens of each step since the last EngineStats
+    running_adapters: list[str] = []  # those with requests at the scheduler
+    waiting_adapters: list[str] = []  # those with requests that wait for a slot
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -91,6 +115,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     num_pages: list[int]  # per KV group
     block_size: int
     load_seconds: float
+    max_loras: int = 0  # 0: no adapters are served
 
 
 class EngineLoading(msgspec.Struct, frozen=True, tag="loading"):
@@ -107,5 +132,5 @@ class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
     caller_mistake: bool = False  # wrong flags or a bad checkpoint: the reason says what to change
 
 
-ToEngine = AddRequest | AbortRequest | Shutdown
-FromEngine = RequestOutput | EngineStats | EngineReady | EngineLoading | EngineDead
+ToEngine = AddRequest | AbortRequest | LoadAdapter | UnloadAdapter | Shutdown
+FromEngine = RequestOutput | AdapterReply | EngineStats | EngineReady | EngineLoading | EngineDead

@@ -24,9 +24,11 @@ from headrace.engine.messages import (
     EngineDead,
     EngineLoading,
     FromEngine,
+    LoadAdapter,
     RequestOutput,
     Shutdown,
     ToEngine,
+    UnloadAdapter,
 )
 
 STATS_INTERVAL = 0.25  # seconds between two EngineStats while there is work
@@ -133,7 +135,7 @@ def serve(engine: Engine, link: Link) -> None:
             message = link.receive(wait=False)
         if not engine.has_work():
             continue
-        news: list[FromEngine] = [*engine.step()]
+        news: list[FromEngine] = [*engine.step(), *engine.adapters.take_replies()]
         now = time.monotonic()
         if now - told >= STATS_INTERVAL or not engine.has_work():
             news.append(engine.stats())
@@ -141,9 +143,13 @@ def serve(engine: Engine, link: Link) -> None:
         link.send(news)
 
 
-def handle(engine: Engine, message: AddRequest | AbortRequest) -> None:
+def handle(
+    engine: Engine, message: AddRequest | AbortRequest | LoadAdapter | UnloadAdapter
+) -> None:
     """Apply one message of the client."""
     if isinstance(message, AddRequest):
         engine.add_request(message)
-    else:
+    elif isinstance(message, AbortRequest):
         engine.abort(message.request_ids)
+    else:
+        engine.adapters.handle(message)

@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
+from headrace.lora.pool import Lora
 
 GREEDY_BELOW = 1e-5  # temperatures under this mean "always the most likely token"
 
@@ -31,7 +32,7 @@ class Request:
     request_id: str
     prompt_len: int
     params: SamplingParams
-    adapter: str | None
+    adapter: str | None  # salts the hashes of the prefix cache
     arrival: tuple[float, int]
     seed: int
     token_ids: array[int]  # prompt, then output as far as the host has read it
@@ -48,6 +49,7 @@ class Request:
     # scored prompt tokens; the first has nothing before it: [None, ...] if wanted, else []
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     reported: bool = False  # an output has been sent
+    lora: Lora[Request] | None = None  # None: the base model
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +70,11 @@ class Request:
     def ends_in_flight(self) -> bool:
         """Whether a token that was not read yet is the last one, whatever it is."""
         return self.num_in_flight > 0 and self.num_tokens >= self.limit
+
+    def use(self, lora: Lora[Request] | None) -> None:
+        """Have an adapter; each load of one has cache pages of its own."""
+        self.lora = lora
+        self.adapter = None if lora is None else str(lora.uid)
 
     def next_tokens(self, num_rows: int) -> array[int]:
         """The next num_rows tokens to compute; -1 - i stands for row i of the last samples."""
@@ -94,7 +101,7 @@ class Request:
         return num_rows == self.num_pending and self.params.max_tokens > 0
 
     def extend_hashes(self, num_blocks: int, block_size: int) -> None:
-        """Chain the content hashes of the first num_blocks full blocks, adapter name as salt."""
+        """Chain the content hashes of the first num_blocks full blocks, the adapter as salt."""
         assert num_blocks * block_size <= len(self.token_ids)
         while len(self.block_hashes) < num_blocks:
             i = len(self.block_hashes)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
+from headrace.engine.adapters import LoraStaging
 from headrace.engine.flat_rows import FlatRows
 from headrace.engine.graphs import Graphs, graph_sizes
+from headrace.engine.request import Request
 from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
 from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_attention, plan_shape
+from headrace.ops.lora import LoraBatch, LoraWeights
 
 
 class Runner:
@@ -31,6 +34,7 @@ class Runner:
         num_pages: Sequence[int],
         config: EngineConfig,
         max_model_len: int,
+        lora: LoraWeights | None = None,  # with --enable-lora
     ) -> None:
         self.model = model
         self.block_size = block_size = config.block_size
@@ -47,18 +51,25 @@ class Runner:
         largest = FlatRows.capacities(most_rows, self.max_num_seqs, self._max_blocks, num_groups)
         self._staging = Staging(largest, device)
         self._plans = [self._make_plan(window, config) for window in layout.windows]
-        self._graphs: Graphs | None = None
+        self._lora = None if lora is None else LoraStaging(lora, most_rows, device)
+        self._graphs: dict[bool, Graphs] = {}  # by whether rows may have adapters
 
     @torch.inference_mode()
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
-        """Capture the decode steps of every size."""
-        self._graphs = graphs = Graphs()
+        """Capture the decode steps of every size; with --enable-lora, with adapters too."""
+        self._graphs = {False: Graphs()} | ({True: Graphs()} if self._lora else {})
         sizes = graph_sizes(self.max_num_seqs)
-        for done, size in enumerate(reversed(sizes)):  # the largest takes the pool's memory
-            on_progress(done, len(sizes))
+        # the largest takes the pool's memory
+        todo = [(size, kind) for size in reversed(sizes) for kind in self._graphs]
+        for done, (size, has_lora) in enumerate(todo):
+            on_progress(done, len(todo))
             rows = FlatRows.idle(size, len(self._plans))
-            graphs.capture(size, partial(self.model.forward, self._batch(rows, self._fixed(size))))
-        on_progress(len(sizes), len(sizes))
+            lora = None
+            if has_lora and self._lora:
+                lora = self._lora.put_slots(np.full(size, -1), range(size))
+            batch = self._batch(rows, self._fixed(size), lora)
+            self._graphs[has_lora].capture(size, partial(self.model.forward, batch))
+        on_progress(len(todo), len(todo))
 
     @torch.inference_mode()
     def forward(
@@ -69,14 +80,30 @@ class Runner:
         """Compute the planned tokens."""
         work = list(plan.items())
         only_decoding = len(output_rows) == len(work) == sum(plan.values())
-        if self._graphs and only_decoding and (size := self._graphs.size_for(len(work))):
+        graphs = self._graphs.get(any(request.lora for request in plan))
+        if graphs and only_decoding and (size := graphs.size_for(len(work))):
             # padded with copies of the last row: they compute, and write, what it does
             padded = work + [work[-1]] * (size - len(work))
-            self._batch(FlatRows.of(padded, range(size), self.block_size), self._fixed(size))
-            return self._graphs.replay(size)[: len(work)]
-        return self.model.forward(self._batch(FlatRows.of(work, output_rows, self.block_size)))
+            rows = FlatRows.of(padded, range(size), self.block_size)
+            self._batch(rows, self._fixed(size), self._lora_batch(padded, range(size)))
+            return graphs.replay(size)[: len(work)]
+        rows = FlatRows.of(work, output_rows, self.block_size)
+        return self.model.forward(self._batch(rows, lora=self._lora_batch(work, output_rows)))
 
-    def _batch(self, rows: FlatRows, capacities: Sequence[int] | None = None) -> Batch:
+    def _lora_batch(
+        self, work: Sequence[tuple[Request, int]], output_rows: Sequence[int]
+    ) -> LoraBatch | None:
+        """Which rows have which adapter; None if no row has one: that step is the base model's."""
+        if self._lora is None or not any(request.lora for request, _ in work):
+            return None
+        return self._lora.put(work, output_rows)
+
+    def _batch(
+        self,
+        rows: FlatRows,
+        capacities: Sequence[int] | None = None,
+        lora: LoraBatch | None = None,
+    ) -> Batch:
         """The rows on the device, at addresses that depend on the capacities only."""
         staged = self._staging.put(rows.arrays(), capacities)
         token_ids, positions, query_start, seq_lens, output_rows, *groups = staged
@@ -103,6 +130,7 @@ class Runner:
             output_rows=output_rows,
             kv_cache=self.kv_cache,
             sampled=self.sampled,
+            lora=lora,
         )
 
     def _fixed(self, size: int) -> list[int]:

@@ -30,6 +30,10 @@ _BASE_COPY = re.compile(rf"({re.escape(EMBEDDING)}|{LM_HEAD})(\.base_layer)?\.we
 _NESTED = re.compile(r"(\.base_layer)*$")
 
 
+class AdapterNotFoundError(ConfigError):
+    """There is no adapter at a path."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter changes, in CPU memory, by Target.key."""
@@ -267,7 +271,7 @@ def _dense_key(module: str) -> str:
 
 def _config_fields(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise ConfigError(f"No adapter found for {path}: it is not a directory")
+        raise AdapterNotFoundError(f"No adapter found for {path}: it is not a directory")
     return read_json(path / CONFIG_NAME)
 
 
@@ -276,7 +280,7 @@ def _open(path: Path) -> Any:
     if not file.is_file():
         others = [f.name for f in path.glob("adapter_model.*")]
         advice = f"; convert {others[0]} to safetensors" if others else ""
-        raise ConfigError(f"No adapter found for {path}: it has no {TENSORS_NAME}{advice}")
+        raise AdapterNotFoundError(f"No adapter found for {path}: it has no {TENSORS_NAME}{advice}")
     return safe_open(file, framework="pt")
 
 

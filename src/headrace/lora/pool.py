@@ -73,7 +73,7 @@ class PoolNews(Generic[R]):
 
     released: list[R] = field(default_factory=list)  # their adapter is ready now
     failed: list[tuple[R, str]] = field(default_factory=list)  # it can't be loaded any more
-    loads: list[tuple[str, str | None]] = field(default_factory=list)  # (name, error or None)
+    loads: list[tuple[str, Exception | None]] = field(default_factory=list)  # by name
 
 
 class LoraPool(Generic[R]):
@@ -186,7 +186,7 @@ class LoraPool(Generic[R]):
         try:
             lora = future.result()
         except FAILURES as error:
-            news.loads.append((name, str(error)))
+            news.loads.append((name, error))
             return
         if name in self.names:
             self._retire(self.names[name])
@@ -331,48 +331,36 @@ class LoraPool(Generic[R]):
         """Open a slot whose adapter has arrived, or give the place back."""
         assert lora.slot is not None, lora
         assert lora.placement is not None, lora
-        error = None
+        error: Exception | None = None
+        lora.ready = True  # or else its place can be given back
         try:
             adapter = future.result()
         except FAILURES as failure:
-            error = f"the LoRA adapter '{lora.name}' could not be loaded: {failure}"
-        if lora in self._announced:
-            self._announced.remove(lora)
-            news.loads.append((lora.name, error))
-        lora.ready = True
-        if error is None:
+            error = failure
+            self._give_up(lora, failure, news)
+        else:
             lora.checked = True
             lora.adapter = adapter
             self._keep_in_cpu(lora)
             self.memory.publish(lora.slot, lora.placement, adapter.factors)
             self._release(lora, news)
-        else:
-            log.error("%s", error)
-            self._give_up(lora, error, news)
+        if lora in self._announced:
+            self._announced.remove(lora)
+            news.loads.append((lora.name, error))
         if lora.retired:
             self._drop_if_idle(lora)
 
-    def _give_up(self, lora: Lora[R], error: str, news: PoolNews[R]) -> None:
+    def _give_up(self, lora: Lora[R], error: Exception, news: PoolNews[R]) -> None:
         """Forget an adapter that can't be copied, and fail those that wait for it."""
+        reason = f"the LoRA adapter '{lora.name}' could not be loaded: {error}"
+        log.error("%s", reason)
         if lora.parked:
             self._wanted.remove(lora)
-        news.failed += [(request, error) for request in lora.parked]
+        news.failed += [(request, reason) for request in lora.parked]
         lora.parked.clear()
         lora.retired = True
         if self.names.get(lora.name) is lora:
             del self.names[lora.name]
-
-    def _evict(self, lora: Lora[R]) -> None:
-        """Free the slot of an adapter that nobody holds."""
-        assert lora.ready, lora
-        assert not lora.holders, lora
-        assert lora.placement is not None, lora
-        assert lora.slot is not None, lora
-        self.memory.free(lora.placement)
-        self._free_slots.append(lora.slot)
-        self._resident.remove(lora)
-        lora.slot = lora.placement = None
-        lora.ready = lora.closed = False
 
 
 def file_stamp(path: Path) -> tuple[int, int]:

@@ -29,8 +29,12 @@ class Model(Protocol):
     dtype: torch.dtype
     kv_layout: KVLayout
 
-    def reserve(self, max_num_tokens: int, max_num_outputs: int) -> None:
+    def reserve(self, max_num_tokens: int, max_num_outputs: int, max_lora_rank: int = 0) -> None:
         """Take the memory that the largest step needs; until then every step allocates its own."""
+        ...
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The embedding or the LM head, by the checkpoint's name."""
         ...
 
     def forward(self, batch: Batch) -> Tensor:

@@ -1,0 +1,199 @@
+"""The engine's side of LoRA: names become adapters, and requests wait for their slot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from headrace.config import ConfigError, EngineConfig
+from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
+from headrace.engine.request import Request, RequestError
+from headrace.engine.staging import Staging
+from headrace.lora.adapter import AdapterNotFoundError
+from headrace.lora.memory import LoraMemory, full_size
+from headrace.lora.pool import Lora, LoraPool, PoolNews
+from headrace.lora.rows import row_arrays
+from headrace.lora.targets import model_sites
+from headrace.models import Model
+from headrace.ops.lora import LoraBatch, LoraRows, LoraWeights
+
+PATIENCE = 0.01  # seconds that a step with nothing else to do waits for a load
+
+
+class Adapters:
+    """The pool and its messages; without --enable-lora it knows no adapter.
+
+    Raises:
+        ConfigError: an adapter of --lora-modules can't be served, or the memory can't be had.
+    """
+
+    def __init__(self, config: EngineConfig, model: Model) -> None:
+        modules = [parse_module(module) for module in config.lora_modules]
+        self._replies: list[AdapterReply] = []
+        self.pool: LoraPool[Request] | None = None
+        if config.enable_lora:
+            self.pool = make_pool(config, model)
+            self._load_all(self.pool, modules)
+        elif modules:
+            raise ConfigError("--lora-modules needs --enable-lora")
+
+    @staticmethod
+    def _load_all(pool: LoraPool[Request], modules: Iterable[tuple[str, Path]]) -> None:
+        for name, path in modules:
+            pool.load(name, path)
+        while pool.is_loading:
+            pool.wait(PATIENCE)
+            for name, error in pool.advance().loads:
+                if error is not None:
+                    raise ConfigError(f"--lora-modules {name}: {error}") from error
+
+    def find(self, name: str | None) -> Lora[Request] | None:
+        """The adapter of a request; None for the base model. RequestError for unknown names."""
+        if name is None:
+            return None
+        if self.pool is None or name not in self.pool.names:
+            raise RequestError(f"the LoRA adapter '{name}' is not loaded")
+        return self.pool.names[name]
+
+    def arrive(self, request: Request) -> bool:
+        """Whether a new request may go to the scheduler now; else `advance` returns it later."""
+        return request.lora is None or self._sure.arrive(request.lora, request)
+
+    def leave(self, request: Request) -> bool:
+        """Forget a request, done or not. Returns whether it was waiting for its adapter."""
+        return request.lora is not None and self._sure.leave(request.lora, request)
+
+    def advance(self) -> PoolNews[Request]:
+        """What has been loaded since the last step."""
+        if self.pool is None:
+            return PoolNews()
+        news = self.pool.advance()
+        for name, error in news.loads:
+            self._reply(name, error)
+        return news
+
+    def wait(self) -> None:
+        """Sleep a moment if there is a load to wait for."""
+        if self.is_loading:
+            self._sure.wait(PATIENCE)
+
+    @property
+    def weights(self) -> LoraWeights | None:
+        """What the model's forward reads; None without --enable-lora."""
+        return None if self.pool is None else self.pool.memory.weights
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether `advance` will have news with no new message."""
+        return self.pool is not None and self.pool.is_loading
+
+    def names_of(self, chosen: Callable[[Lora[Request]], bool]) -> list[str]:
+        """The adapters for which `chosen` is true."""
+        return [] if self.pool is None else [n for n, x in self.pool.names.items() if chosen(x)]
+
+    def handle(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Begin a load or unload; `take_replies` tells how it ended."""
+        try:
+            if self.pool is None:
+                raise ConfigError("this server was started without --enable-lora")
+            if isinstance(message, LoadAdapter):
+                self.pool.load(message.name, Path(message.path).expanduser(), message.in_place)
+            elif message.name not in self.pool.names:
+                raise AdapterNotFoundError(f"the LoRA adapter '{message.name}' is not loaded")
+            else:
+                self.pool.unload(message.name)
+                self._reply(message.name, None)
+        except ConfigError as error:
+            self._reply(message.name, error)
+
+    def take_replies(self) -> list[AdapterReply]:
+        """The answers since the last call."""
+        replies, self._replies = self._replies, []
+        return replies
+
+    def _reply(self, name: str, error: Exception | None) -> None:
+        text = None if error is None else str(error)
+        not_found = isinstance(error, AdapterNotFoundError)
+        self._replies.append(AdapterReply(name, text, not_found))
+
+    @property
+    def _sure(self) -> LoraPool[Request]:
+        assert self.pool is not None, "a request with an adapter, but no pool"
+        return self.pool
+
+
+class LoraStaging:
+    """Says on the device which rows of a step belong to which adapter."""
+
+    def __init__(self, weights: LoraWeights, max_rows: int, device: torch.device) -> None:
+        self._weights = weights
+        self._num_slots = weights.lm_head.rank.shape[1]
+        words = 2 * (2 * max_rows + 2 * self._num_slots + 1)
+        self._staging = Staging([words * np.dtype("i4").itemsize], device)
+
+    def put(self, work: Sequence[tuple[Request, int]], output_rows: Sequence[int]) -> LoraBatch:
+        """The adapters of (request, number of tokens), one request after the other.
+
+        Batches of the same numbers of rows and outputs get the same addresses.
+        """
+        slots = np.array([slot_of(request) for request, _ in work], dtype=np.int32)
+        return self.put_slots(np.repeat(slots, [n for _, n in work]), output_rows)
+
+    def put_slots(self, slots: np.ndarray, output_rows: Sequence[int]) -> LoraBatch:
+        """The same for the slot of each row."""
+        slots = slots.astype(np.int32)
+        arrays = row_arrays(slots, self._num_slots)
+        arrays += row_arrays(slots[np.asarray(output_rows, dtype=np.int64)], self._num_slots)
+        [words] = self._staging.put([np.concatenate(arrays)])
+        parts = words.split([len(array) for array in arrays])
+        return LoraBatch(self._weights, LoraRows(*parts[:4]), LoraRows(*parts[4:]))
+
+
+def slot_of(request: Request) -> int:
+    """Where the adapter of a scheduled request is; -1 without one."""
+    if request.lora is None:
+        return -1
+    assert request.lora.ready, request
+    assert request.lora.slot is not None, request
+    return request.lora.slot
+
+
+def parse_module(text: str) -> tuple[str, Path]:
+    """NAME=DIRECTORY, or the JSON object {"name": ..., "path": ...} that vLLM takes too."""
+    if text.lstrip().startswith("{"):
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            fields = {}
+        name, path = fields.get("name"), fields.get("path")
+    else:
+        name, _, path = text.partition("=")
+    if not (isinstance(name, str) and isinstance(path, str) and name and path):
+        raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
+    return name, Path(path).expanduser()
+
+
+def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
+    """The pool and its memory on the model's device."""
+    sites = model_sites(model.config)
+    num_elements = config.lora_memory // model.dtype.itemsize
+    if not num_elements:
+        targets = [t for site in sites for t in site.targets]
+        ends = [targets[0], targets[-1]]  # of the embedding and the LM head, seldom adapted
+        one = full_size(targets[1:-1], config.max_lora_rank)
+        num_elements = config.max_loras * one + full_size(ends, config.max_lora_rank)
+    try:
+        memory = LoraMemory(
+            sites, config.max_loras, config.max_lora_rank, num_elements, model.dtype, model.device
+        )
+    except torch.OutOfMemoryError:
+        num_bytes = num_elements * model.dtype.itemsize
+        raise ConfigError(
+            f"the adapters' memory of {num_bytes} bytes does not fit on the device; lower "
+            "--max-loras or --max-lora-rank, or give --lora-memory"
+        ) from None
+    return LoraPool(memory, model.base_tensor, config.max_cpu_loras or config.max_loras)
