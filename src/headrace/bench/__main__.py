@@ -13,12 +13,13 @@ from rich.console import Console
 
 from headrace.bench.kernels import SIZES, run_kernels
 from headrace.bench.tune import run_tune
+from headrace.bench.tune_linear import run_tune_linear
 
 
 def main() -> int:
-    """Run kernels or tune; returns the exit status."""
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m headrace.bench")
-    parser.add_argument("command", choices=["kernels", "tune"])
+    parser.add_argument("command", choices=["kernels", "tune", "tune-linear"])
     parser.add_argument("--op", nargs="+", default=[], help="only these")
     parser.add_argument("--size", nargs="+", type=int, default=SIZES, help="tokens")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
@@ -26,7 +27,8 @@ def main() -> int:
     console = Console(width=120)
     if args.command == "kernels":
         return run_kernels(console, args.op, args.size, args.out)
-    run_tune(console, args.size, args.out)
+    run = run_tune if args.command == "tune" else run_tune_linear
+    run(console, args.size, args.out)
     return 0
 
 

@@ -123,6 +123,19 @@ def tune(
     run_tune(Console(), size or SIZES, out)
 
 
+@app.command(cls=ListOptions)
+def tune_linear(
+    out: Annotated[Path, typer.Option(help="directory to write tune_linear.csv to")],
+    size: Annotated[
+        list[int] | None, typer.Option(help="tokens", show_default="1 2 4 ... 8192", min=1)
+    ] = None,
+) -> None:
+    """Time the dense layers with every tile worth a try, for headrace.ops.linear_tiles."""
+    from headrace.bench.tune_linear import SIZES, run_tune_linear
+
+    run_tune_linear(Console(), size or SIZES, out)
+
+
 @app.command()
 def startup(
     model: Annotated[
@@ -137,3 +150,21 @@ def startup(
     from headrace.bench.startup import run_startup
 
     run_startup(model, flags or [], csv)
+
+
+@app.command()
+@with_configs(engine=EngineConfig)
+def profile(
+    model: Annotated[
+        Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
+    ] = BUNDLED_MODEL,
+    batch: Annotated[int, typer.Option(help="requests that decode")] = 1,
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
+    csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
+    *,
+    engine: EngineConfig,
+) -> None:
+    """Take one decode step and one prefill apart, kernel by kernel."""
+    from headrace.bench.profile import run_profile
+
+    run_profile(engine, batch, prompt, csv)

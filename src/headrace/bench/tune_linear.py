@@ -1,7 +1,7 @@
 """Time the dense layers with every tile worth a try: what ops/linear_tiles.py chooses from.
 
-Beside them: cuBLAS, and the normalisation followed by the QKV projection, once with the projection
-waiting for the end of the normalisation and once launched early.
+Beside them cuBLAS; and, at few tokens, the layer after normalisations, which leave the memory idle:
+as it is, launched early, and with its weights brought into L2 meanwhile.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose, tma_fit
 from headrace.ops.norm import rms_norm
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+NORMS_BEFORE = {"qkv": 1, "output": 4}  # four are about as idle as RoPE and a short attention
+MOST_AFTER_NORMS = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class LinearTuneRow:
 
     layer: str
     m: int  # tokens
-    what: str  # linear, cublas, or norm+linear
+    what: str  # linear, cublas, norms+linear or norms+prefetch+linear
     us: float
     tb_per_s: float
     tflop_per_s: float
@@ -60,36 +63,54 @@ class LinearTuneRow:
 def run_tune_linear(console: Console, sizes: Sequence[int], out: Path) -> None:
     """Write tune_linear.csv to `out` and print the fastest way at each size.
 
-    Raises ConfigError where there is no GPU, AssertionError for a tile with a wrong result.
+    A tile that does not compile or gives wrong results is named and left out. Raises ConfigError
+    where there is no GPU.
     """
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU here; tiles can only be timed on one")
     torch.manual_seed(0)
-    _compile(sizes)
+    problems = [
+        (layer, LinearProblem(num_tokens, layer.out_features, layer.in_features))
+        for layer in LAYERS
+        for num_tokens in sizes
+        if num_tokens <= layer.most_tokens
+    ]
+    broken = compile_tiles({(layer, tile) for layer, p in problems for tile in candidates(p)})
+    for (layer, tile), error in broken.items():
+        console.print(f"{layer.name} {tile}: {error}", style="red", markup=False)
     rows: list[LinearTuneRow] = []
-    for row in tune(sizes, torch.device("cuda")):
+    for row in tune(problems, set(broken), torch.device("cuda")):
         rows.append(row)
         write_csv(out / "tune_linear.csv", rows)
     for best in fastest(rows):
         console.print(best)
 
 
-def tune(sizes: Sequence[int], device: torch.device) -> Iterator[LinearTuneRow]:
-    """Rows for each layer and size."""
-    for layer in LAYERS:
+def tune(
+    problems: Sequence[tuple[Layer, LinearProblem]],
+    broken: set[tuple[Layer, LinearTile]],
+    device: torch.device,
+) -> Iterator[LinearTuneRow]:
+    """Rows for each layer and size, without the broken tiles."""
+    for layer, group in groupby(problems, key=lambda pair: pair[0]):
         weights = random_weights(layer, device)
-        for num_tokens in sizes:
-            if num_tokens > layer.most_tokens:
-                continue
-            calls = random_calls(layer, weights, num_tokens)
-            problem = LinearProblem(num_tokens, layer.out_features, layer.in_features)
+        for _, problem in group:
+            calls = random_calls(layer, weights, problem.num_tokens)
             for tile in candidates(problem):
-                run = _with_tile(calls, tile)
-                yield _timed(layer, calls, "linear", run, tile)
+                if (layer, tile) not in broken:
+                    yield _timed(layer, calls, "linear", _with_tile(calls, tile), tile)
             yield _timed(layer, calls, "cublas", _with_cublas(calls))
-            if layer.name == "qkv":
-                for tile in (choose(problem), replace(choose(problem), early=True)):
-                    yield _timed(layer, calls, "norm+linear", _after_norm(calls, tile), tile)
+            if layer.name in NORMS_BEFORE and problem.num_tokens <= MOST_AFTER_NORMS:
+                yield from _tune_after_norms(layer, calls, choose(problem))
+
+
+def _tune_after_norms(layer: Layer, calls: Calls, tile: LinearTile) -> Iterator[LinearTuneRow]:
+    num_norms = NORMS_BEFORE[layer.name]
+    for tried in (tile, replace(tile, early=True)):
+        run = _after_norms(calls, tried, num_norms, prefetch=False)
+        yield _timed(layer, calls, "norms+linear", run, tried)
+    run = _after_norms(calls, tile, num_norms, prefetch=True)
+    yield _timed(layer, calls, "norms+prefetch+linear", run, tile)
 
 
 def candidates(problem: LinearProblem) -> list[LinearTile]:
@@ -142,9 +163,6 @@ def _timed(
     tile: LinearTile | None = None,
 ) -> LinearTuneRow:
     case: Case = replace(linear_case(layer, calls), run=run)
-    if what == "linear":
-        calls.out.fill_(float("nan"))
-        calls.check_result(run(0))
     us = time_us(case)
     rates = (round(case.num_bytes / us / 1e6, 3), round(case.num_flops / us / 1e6, 1))
     return LinearTuneRow(
@@ -170,13 +188,17 @@ def _with_cublas(calls: Calls) -> Callable[[int], Tensor]:
     return run
 
 
-def _after_norm(calls: Calls, tile: LinearTile) -> Callable[[int], Tensor]:
+def _after_norms(
+    calls: Calls, tile: LinearTile, num_norms: int, prefetch: bool
+) -> Callable[[int], Tensor]:
     normed = torch.empty_like(calls.inputs[0])
     norm_weight = torch.ones_like(normed[0])
 
     def run(i: int) -> Tensor:
         x, weight = calls.operands(i)
-        rms_norm(x, norm_weight, EPS, normed)
+        rms_norm(x, norm_weight, EPS, normed, weight if prefetch else None)
+        for _ in range(num_norms - 1):
+            rms_norm(normed, norm_weight, EPS, normed)
         return linear_kernel.linear(
             normed, weight, calls.bias, calls.residual, calls.out, tile=tile
         )
@@ -188,21 +210,21 @@ def _shared_memory(tile: LinearTile) -> int:
     return (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages + 1024
 
 
-def _compile(sizes: Sequence[int]) -> None:
-    """Fill the kernel cache on all cores: one kernel takes about a second."""
-    jobs = {}
-    for layer in LAYERS:
-        for num_tokens in sizes:
-            if num_tokens <= layer.most_tokens:
-                problem = LinearProblem(num_tokens, layer.out_features, layer.in_features)
-                jobs.update(dict.fromkeys((layer, tile) for tile in candidates(problem)))
+def compile_tiles(
+    jobs: set[tuple[Layer, LinearTile]],
+) -> dict[tuple[Layer, LinearTile], str]:
+    """Fill the kernel cache on all cores, a second or so a tile; the broken ones and why."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(_compile_tile, *zip(*jobs, strict=True)))
+        errors = dict(zip(jobs, pool.map(_error_of, *zip(*jobs, strict=True)), strict=True))
+    return {job: error for job, error in errors.items() if error}
 
 
-def _compile_tile(layer: Layer, tile: LinearTile) -> None:
-    device = torch.device("cuda")
-    weights = [
-        torch.ones(layer.out_features, layer.in_features, dtype=torch.bfloat16, device=device)
-    ]
-    _with_tile(random_calls(layer, weights, 1), tile)(0)
+def _error_of(layer: Layer, tile: LinearTile) -> str:
+    part = replace(layer, out_features=8 * tile.rows)  # the same kernel, and little memory
+    calls = random_calls(part, random_weights(part, torch.device("cuda")), tile.block_m + 1)
+    try:
+        calls.out.fill_(float("nan"))
+        calls.check_result(_with_tile(calls, tile)(0))
+    except Exception as error:  # whatever it is, the other tiles are still to be timed
+        return f"{type(error).__name__}: {error}"
+    return ""
