@@ -105,11 +105,11 @@ def linear(capability, num_tokens, out_features, in_features, out="*bf16", has_t
     constants = dict(EVEN_K=False, EARLY=has_tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                      ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)
     if not tile.tma:
-        constants |= {"x_desc": None, "weight_desc": None}
+        constants |= dict.fromkeys(["x_desc", "weight_desc", "next_ptr"])
     first = "1, " if tile.rows < tile.block_n else ""
     return compile_kernel(
         linear_kernel.linear_kernel, capability, constants, tile.num_warps, tile.num_stages,
-        out=out, x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
+        out=out, next="*bf16", x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
         weight_desc=f"tensordesc<bf16[{first}{tile.block_n}, {tile.block_k}]>")
 
 def linear_kernels(capability):
@@ -132,7 +132,9 @@ def all_kernels(capability):
     results["sum"] = compile_kernel(experts_kernel.weighted_sum_kernel, capability,
                                     dict(TOP_K=4, ADD_RESIDUAL=True, BLOCK=1024))
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
-                                     dict(LET_NEXT_START=capability == 90, BLOCK=4096), 8)
+                                     dict(LET_NEXT_START=capability == 90, BLOCK=4096)
+                                     | ({} if capability == 90 else {"next_ptr": None}), 8,
+                                     next="*bf16")
     for experts in (32, 128):
         for split, chunks in ((True, 1), (True, 8), (False, 1)):  # to 16, to 128 tokens, beyond
             results[f"router {experts} {split} {chunks}"] = compile_kernel(
