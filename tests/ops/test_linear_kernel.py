@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from headrace.ops import linear_kernel
 from headrace.ops.linear import linear
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, tma_fits
+from headrace.ops.norm import rms_norm
 
 gpu = pytest.mark.gpu
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
@@ -198,6 +199,32 @@ def test_gpu_next_weight_is_left_as_it_is():
         before = next_weight.clone()
         assert torch.equal(layer.run(next_weight=next_weight), layer.run())
         assert torch.equal(next_weight, before)
+
+
+@gpu
+def test_gpu_started_early_it_waits_for_what_it_reads():
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no programmatic dependent launch")
+    layer = Layer(16 * 40, *QKV)
+    tile = LinearTile(16, 64, 40, 128, num_warps=4, num_stages=8, tma=True, early=True)
+    norm_weight = torch.ones(2880, device="cuda").bfloat16()
+    normed = torch.zeros(16, 2880, device="cuda").bfloat16()
+    out = torch.zeros(40, 16, 5120, device="cuda").bfloat16()
+
+    def steps():
+        for step, x in enumerate(layer.x.split(16)):
+            rms_norm(x, norm_weight, 1e-5, normed)
+            linear_kernel.linear(normed, layer.weight, layer.bias, None, out[step], tile=tile)
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    for _ in range(5):
+        layer.x.copy_(torch.randn_like(layer.x))
+        graph.replay()
+        layer_out = linear(rms_norm(layer.x, norm_weight, 1e-5), layer.weight, layer.bias)
+        assert torch.equal(out.view(-1, 5120), layer_out)
 
 
 @gpu
