@@ -157,6 +157,14 @@ class LoraPool(Generic[R]):
         futures: list[Future] = [*self._reads.values(), *self._copies.values()]
         wait(futures, seconds, return_when="FIRST_COMPLETED")
 
+    def check(self) -> None:
+        """Assert that slots and memory are either free or an adapter's."""
+        slots = [lora.slot for lora in self._resident]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.memory.num_slots)), slots
+        held = sum(lora.size for lora in self._resident)
+        assert held + self.memory.ranges.num_free == self._capacity, held
+        assert all(lora.parked for lora in self._wanted), self._wanted
+
     def close(self) -> None:
         """Let the loader end."""
         self._loader.shutdown(cancel_futures=True)
@@ -276,6 +284,17 @@ class LoraPool(Generic[R]):
         lora.holders += len(lora.parked)
         news.released += lora.parked
         lora.parked.clear()
+
+    def _evict(self, lora: Lora[R]) -> None:
+        """Free the slot of an adapter that nobody holds."""
+        assert lora.is_idle, lora
+        assert lora.placement is not None, lora
+        assert lora.slot is not None, lora
+        self.memory.free(lora.placement)
+        self._free_slots.append(lora.slot)
+        self._resident.remove(lora)
+        lora.slot = lora.placement = None
+        lora.ready = lora.closed = False
 
     def _retire(self, lora: Lora[R]) -> None:
         lora.retired = True
