@@ -21,7 +21,7 @@ def test_a_kernel_within_another_adds_nothing() -> None:
     assert (step.between_kernels_us, step.between_steps_us, step.us) == (0, 0, 105)
 
 
-def test_steps_begin_with_a_kernel_that_runs_once_in_each() -> None:
+def test_steps_begin_with_a_kernel_that_runs_in_each() -> None:
     spans = []
     for i, start in enumerate((0, 100, 210, 330)):
         if i:
@@ -35,8 +35,16 @@ def test_steps_begin_with_a_kernel_that_runs_once_in_each() -> None:
     assert [step.between_steps_us for step in steps] == [2, 2, 2]
 
 
+def test_steps_that_begin_with_two_copies() -> None:
+    spans = []
+    for start in (0, 100, 210):
+        spans += [Span("copy", start, start + 2), Span("copy", start + 3, start + 5)]
+        spans += [Span("layer", start + 6, start + 50)]
+    assert [step.us for step in split_steps(spans, 3)] == [100, 110]
+
+
 def test_steps_that_cannot_be_told_apart() -> None:
-    with pytest.raises(ValueError, match="ran once in each of 3 steps"):
+    with pytest.raises(ValueError, match="ran equally often in 3 steps"):
         split_steps([Span("a", 0, 1), Span("a", 2, 3)], 3)
 
 

@@ -38,3 +38,20 @@ def test_an_unknown_dtype(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_model(tmp_path / "nowhere")
+
+
+def test_float32_is_of_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--dtype float32 needs --device cpu"):
+        load_model(random_checkpoint(tmp_path, seed=0), device="cuda", dtype="float32")
+
+
+@pytest.mark.gpu
+def test_too_little_gpu_memory_is_told_before_reading(tmp_path: Path) -> None:
+    path = random_checkpoint(tmp_path, seed=0, vocab_size=200_000)  # two tables of 25 MB
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - 30_000_000, dtype=torch.uint8, device="cuda")
+    with pytest.raises(ConfigError, match="GB of weights"):
+        load_model(path, device="cuda")
+    del taken
+    torch.cuda.empty_cache()
+    assert load_model(path, device="cuda").device.type == "cuda"

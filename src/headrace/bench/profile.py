@@ -207,20 +207,21 @@ def cpu_rows(phase: str, run: Callable[[], None], num_steps: int) -> list[Profil
 
 
 def profile_table(rows: Sequence[ProfileRow], title: str) -> Table:
-    """What takes a thousandth of the step or more."""
+    """What takes half a percent of the step or more."""
     table = Table(title=title)
     table.add_column("kernel", overflow="fold")
-    for column in ("count", "us", "share", "MB", "GFLOP", "floor us", "of floor"):
+    has_work = any(row.mbytes is not None for row in rows)
+    of_work = ("MB", "GFLOP", "floor us", "of floor") if has_work else ()
+    for column in ("count", "us", "share", *of_work):
         table.add_column(column, justify="right")
     for row in rows:
-        if row.share < 0.001:
+        if row.share < 0.005:
             continue
-        table.add_row(
-            row.kernel,
-            f"{row.count:g}",
-            f"{row.us:.1f}",
-            f"{row.share:.1%}",
-            *("" if n is None else f"{n:.1f}" for n in (row.mbytes, row.gflops, row.floor_us)),
+        numbers = (row.mbytes, row.gflops, row.floor_us)
+        work = [
+            *("" if n is None else f"{n:.1f}" for n in numbers),
             "" if row.floor_share is None else f"{row.floor_share:.0%}",
-        )
+        ]
+        cells = [f"{row.count:g}", f"{row.us:.1f}", f"{row.share:.1%}"]
+        table.add_row(row.kernel, *cells, *(work if has_work else ()))
     return table

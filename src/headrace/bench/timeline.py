@@ -48,15 +48,16 @@ class Step:
 def split_steps(spans: Sequence[Span], num_steps: int) -> list[Step]:
     """Cut a trace of num_steps like steps; the last is left out, for nobody knows when it is over.
 
-    A step begins with the first kernel whose name occurs once in every step. Raises ValueError if
-    there is none.
+    A step begins with the first kernel whose name occurs equally often in all of them. Raises
+    ValueError if there is none.
     """
     ordered = sorted(spans, key=lambda span: span.start)
     counts = Counter(span.name for span in ordered)
-    first = next((s.name for s in ordered if counts[s.name] == num_steps), None)
+    first = next((s.name for s in ordered if counts[s.name] % num_steps == 0), None)
     if first is None:
-        raise ValueError(f"no kernel of {dict(counts)} ran once in each of {num_steps} steps")
-    begins = [i for i, span in enumerate(ordered) if span.name == first]
+        raise ValueError(f"no kernel of {dict(counts)} ran equally often in {num_steps} steps")
+    places = [i for i, span in enumerate(ordered) if span.name == first]
+    begins = places[:: counts[first] // num_steps]
     return [one_step(ordered[i:j], until=ordered[j].start) for i, j in pairwise(begins)]
 
 
