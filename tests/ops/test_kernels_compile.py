@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel
-from headrace.ops import routing_kernel, sort_kernel
+from headrace.ops import routing_kernel, sampling_kernel, sort_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
@@ -24,7 +24,7 @@ CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", 
            "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
-           "y_stride"}
+           "y_stride", "stride_row", "vocab"}
 WIDE_COPY = r"cp\.async\.cg\.shared\.global.*0x10|cp\.async\.bulk\.tensor"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -120,6 +120,30 @@ def linear_kernels(capability):
     results["bf16 lm_head"] = linear(capability, 128, 201088, 2880, "*fp32", capability == 90)
     return results
 
+SAMPLING = {
+    "*fp32": "logits temperature log_min_p top_p largest sums logprobs "
+             "repetition frequency presence",
+    "*i64": "rows slots best out level_masses masses chosen top ids rank",
+    "*fp64": "uniform",
+}
+
+def sampling_kernels(capability):
+    types = {name: kind for kind, names in SAMPLING.items() for name in names.split()}
+    chunk, chunks, most = dict(CHUNK=4096), dict(CHUNKS=64), dict(MAX_CANDIDATES=16384)
+    kernels = {
+        "best": (chunk, 4), "argmax": (chunks, 1), "levels": (chunk | chunks, 8),
+        "candidates": (chunk | chunks | most, 8),
+        "search": (chunks | most | dict(BLOCK=2048, PIVOTS=8), 8),
+        "masses": (chunk | chunks, 4), "draw": (chunk | chunks, 8),
+        "score_chunks": (chunk, 8), "score_rows": (chunks | dict(TOPS=2048), 4),
+        "penalties": (chunk, 8),
+    }
+    return {
+        f"sampling {name}": compile_kernel(getattr(sampling_kernel, f"{name}_kernel"), capability,
+                                           constants, warps, **types)
+        for name, (constants, warps) in kernels.items()
+    }
+
 def all_kernels(capability):
     results = linear_kernels(capability)
     for first in (True, False):
@@ -147,7 +171,7 @@ def all_kernels(capability):
             dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)
     results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
                                      dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
-    return results | lora_kernels(capability)
+    return results | lora_kernels(capability) | sampling_kernels(capability)
 
 print(json.dumps(all_kernels(int(sys.argv[1]))))
 """

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.bench.exact_sampling import draws_are_right
 from headrace.ops import sampling, sampling_kernel
 from headrace.ops.sampling import CHUNK, MAX_CANDIDATES, Draws, sampling_buffers
 
@@ -15,7 +16,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton o
 
 VOCAB = 5003  # two chunks, the second one not full
 REAL_VOCAB = 201_088
-TOLERANCE = 1e-5  # of a cumulative probability: exp in float32
 
 # temperature, min_p, top_p, top_k
 PLAIN = [(1.0, 0, 1, 0), (0.7, 0, 1, 0), (1.3, 0.02, 1, 0), (5.0, 0, 1, 0)]
@@ -55,27 +55,6 @@ def run(logits: Tensor, draws: Draws | None, uniform: Tensor | None) -> Tensor:
     out = torch.full((num_rows,), -7, device=logits.device)
     buffers = sampling_buffers(poisoned, num_rows, vocab)
     return sampling_kernel.sample(logits, draws, uniform, out, buffers)
-
-
-def draws_are_right(logits: Tensor, draws: Draws, uniform: Tensor, tokens: Tensor) -> Tensor:
-    """Whether each token is the one that float64 finds, or its neighbour across a rounding."""
-    y = logits[draws.rows] / draws.temperature[:, None]
-    best = y.amax(-1, keepdim=True)
-    y = y.masked_fill(y < best + draws.log_min_p[:, None], -torch.inf)
-    ordered, order = y.sort(stable=True, dim=-1, descending=True)
-    rank = torch.arange(y.shape[1], device=y.device)
-    limit = torch.where(draws.top_k > 0, draws.top_k, y.shape[1])[:, None]
-    mass = (ordered.double() - best.double()).exp().masked_fill_(rank >= limit, 0)
-    before = (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True)
-    right = torch.zeros_like(tokens, dtype=torch.bool)
-    for slack in (-TOLERANCE, 0, TOLERANCE):
-        top_p = torch.where(draws.top_p < 1, draws.top_p + slack, 2.0)[:, None]
-        kept = mass.masked_fill((before >= top_p) & (rank > 0), 0)
-        by_id = torch.empty_like(kept).scatter_(1, order, kept / kept.sum(-1, keepdim=True))
-        end = by_id.cumsum(-1).gather(1, tokens[:, None]).squeeze(1)
-        p = by_id.gather(1, tokens[:, None]).squeeze(1)
-        right |= (p > 0) & (end - p - TOLERANCE <= uniform) & (uniform < end + TOLERANCE)
-    return right
 
 
 def check(logits: Tensor, draws: Draws, uniform: Tensor) -> Tensor:

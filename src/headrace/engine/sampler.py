@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.messages import TokenLogprobs
+from headrace.engine.messages import SamplingParams, TokenLogprobs
 from headrace.engine.request import Request, digest
 from headrace.engine.sampling_inputs import SamplingInputs, is_early, sampling_inputs
 from headrace.engine.token_counts import TokenCounts
@@ -97,6 +98,14 @@ class Sampler:
         [chosen] = upload([np.array(tokens, dtype=np.int64)], self._device)
         rows = torch.arange(len(tokens), device=self._device)
         return Scores(logits, rows, chosen, num_top)
+
+    def dry_run(self, logits: Tensor) -> None:  # [1, vocab] fp32, overwritten
+        """Launch every kernel there is, for a warm-up: nothing depends on what they write."""
+        params = SamplingParams(max_tokens=1, top_k=1, frequency_penalty=1.0, logprobs=0)
+        request = Request("", 1, params, None, (0.0, 0), seed=0, token_ids=array("q", [0]), limit=2)
+        out = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self.sample(logits, self.prepare([request]), out)
+        self.release(request)
 
     def release(self, request: Request) -> None:
         """Forget a request that ended; one that goes on later is read again from its tokens."""

@@ -26,7 +26,7 @@ from headrace.ops.sampling import (
     sampling_buffers,
 )
 
-MAX_TOP = 32  # alternatives in top_logprobs
+MAX_TOP = 32  # alternatives in top_logprobs; a power of two
 MASS_ONE = tl.constexpr(float(2**44))
 LOWEST = tl.constexpr(-(2**63))  # below every ranked token
 FIRST_ORDER = tl.constexpr(-(2**31))  # below every float's order
@@ -153,7 +153,7 @@ def levels_kernel(
     y = _scaled(logits_ptr + row * stride_row, token, token < vocab, temperature)
     mass = _mass(y, largest)
     kept = (token < vocab) & (y >= floor)
-    for level in tl.static_range(LEVELS):
+    for level in range(LEVELS):  # unrolled it would need twice the registers
         over = kept & (y >= _level_bound(level, largest))
         place = (draw * LEVELS + level) * num_chunks + chunk
         tl.store(level_counts_ptr + place, tl.sum(over.to(tl.int32)))
@@ -595,7 +595,7 @@ def apply_penalties(
         return
     penalties_kernel[(triton.cdiv(vocab, CHUNK), num)](
         logits, rows, counts, slots, repetition, frequency, presence, logits.stride(0), vocab,
-        CHUNK=CHUNK, num_warps=4, enable_fp_fusion=False,
+        CHUNK=CHUNK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -648,7 +648,7 @@ def _draw(
         )
         candidates_kernel[(num_chunks, num_filtered)](
             *row, *limits, buffers.best, *levels, buffers.candidates, *shape,
-            MAX_CANDIDATES=MAX_CANDIDATES, **sizes, num_warps=4,
+            MAX_CANDIDATES=MAX_CANDIDATES, **sizes, num_warps=8,
         )  # fmt: skip
         search_kernel[(num_filtered,)](
             *row, *limits, buffers.best, *levels, buffers.candidates, buffers.cuts, *shape,
@@ -690,7 +690,7 @@ def top_logprobs(
     chunks = triton.next_power_of_2(num_chunks)
     score_rows_kernel[(num,)](
         logits, rows, chosen, *partial, ids, logprobs, rank, stride, num_chunks, num_top,
-        CHUNKS=chunks, TOPS=chunks * triton.next_power_of_2(max(num_top, 1)), num_warps=4,
+        CHUNKS=chunks, TOPS=chunks * MAX_TOP, num_warps=4,
     )  # fmt: skip
     return ids, logprobs, rank
 
