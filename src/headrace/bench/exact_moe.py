@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from headrace.ops.experts import Activation, ExpertWeight
 from headrace.ops.moe import MoEWeights
 from headrace.ops.mxfp4 import MXFP4Weight, dequantize
+
+Delta = Callable[[int, Tensor, Tensor, int], Tensor]
 
 
 def exact_logits(h: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
@@ -25,8 +29,12 @@ def exact_layer(
     h: Tensor,  # [num_tokens, hidden]
     weights: MoEWeights,  # in any layout
     expert_ids: Tensor | None = None,  # [num_tokens, top_k], instead of the router's own choice
+    delta: Delta | None = None,
 ) -> Tensor:
-    """h + sum_k weight_k expert_k(rms_norm(h)), [num_tokens, hidden] float64."""
+    """h + sum_k weight_k expert_k(rms_norm(h)), [num_tokens, hidden] float64.
+
+    delta(matmul, x, token, expert) is added to an expert's first (0) and second (1) matmul of x.
+    """
     x, logits = exact_logits(h, weights)
     ids = logits.topk(weights.top_k).indices if expert_ids is None else expert_ids.long()
     scale = logits.softmax(-1).gather(1, ids)
@@ -35,7 +43,8 @@ def exact_layer(
     out = h.double()
     for expert in ids.unique().tolist():
         token, k = (ids == expert).nonzero(as_tuple=True)
-        out.index_add_(0, token, _expert(x[token], weights, expert) * scale[token, k, None])
+        y = _expert(x[token], token, weights, expert, delta)
+        out.index_add_(0, token, y * scale[token, k, None])
     return out
 
 
@@ -47,16 +56,21 @@ def relative_errors(got: Tensor, expected: Tensor) -> tuple[float, float]:
     return float(largest), float(difference.pow(2).mean().sqrt() / scale)
 
 
-def _expert(x: Tensor, weights: MoEWeights, expert: int) -> Tensor:
+def _expert(
+    x: Tensor, token: Tensor, weights: MoEWeights, expert: int, delta: Delta | None
+) -> Tensor:
     experts = weights.experts
     gate_up = x @ _dense(experts.gate_up, expert).T + experts.gate_up_bias[expert].double()
+    if delta:
+        gate_up += delta(0, x, token, expert)
     gate, up = gate_up[:, 0::2], gate_up[:, 1::2]
     if experts.activation == Activation.SWIGLU_OAI:
         gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit) + 1
         gate = gate * torch.sigmoid(experts.alpha * gate)
     else:
         gate = gate * torch.sigmoid(gate)
-    return (gate * up) @ _dense(experts.down, expert).T + experts.down_bias[expert].double()
+    y = (gate * up) @ _dense(experts.down, expert).T + experts.down_bias[expert].double()
+    return y + delta(1, gate * up, token, expert) if delta else y
 
 
 def _dense(weight: ExpertWeight, expert: int) -> Tensor:  # [out_features, in_features] float64
