@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -74,6 +74,11 @@ def tokens(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
+def news(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
+    """What doesn't depend on the clock or the cache."""
+    return [(o.token_ids, o.logprobs, o.finish_reason) for o in outputs]
+
+
 def change(engine: Engine, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
     """Send a message and step until it is answered."""
     engine.adapters.handle(message)
@@ -110,3 +115,130 @@ def test_64_adapters_over_8_slots_for_1000_requests(
     for i, key in enumerate(wanted):
         assert tokens(outputs[f"r{i}"]) == expected[key], (i, key)
     check_idle(engine)
+
+
+def test_base_rows_keep_their_bits(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    """With and without --enable-lora, and beside adapters: logprobs are equal to the last bit."""
+    paths = adapter_paths(checkpoint, tmp_path, 3)
+    base = ask("base", PROMPTS[0], None, logprobs=3, max_tokens=8)
+    plain = Engine(EngineConfig(kv_cache_memory=8 << 20, block_size=4), model=model)
+    expected = news(run(plain, base)["base"])
+    engine = make_engine(model, paths, enable_prefix_caching=False)
+    assert news(run(engine, base)["base"]) == expected
+    others = [ask(f"r{i}", PROMPTS[1], f"a{i}", max_tokens=8) for i in range(3)]
+    together = run(engine, others[0], base, *others[1:])["base"]
+    assert news(together) == expected
+
+
+def test_loads_in_place_forget_the_prefixes(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    engine = make_engine(model, {})
+    prompt = list(range(100, 130))
+    for i in range(2):
+        random_adapter(tmp_path / f"v{i}", checkpoint, i)
+    path = shutil.copytree(tmp_path / "v0", tmp_path / "served")
+    assert change(engine, LoadAdapter("x", str(path))).error is None
+    first = run(engine, ask("1", prompt, "x"))["1"]
+    again = run(engine, ask("2", prompt, "x"))["2"]
+    assert (first[0].num_cached_tokens, again[0].num_cached_tokens) == (0, 28)
+    assert tokens(again) == tokens(first)
+    taken = change(engine, LoadAdapter("x", str(path)))
+    assert taken.error == "the LoRA adapter 'x' is already loaded"
+    shutil.copytree(tmp_path / "v1", path, dirs_exist_ok=True)
+    assert change(engine, LoadAdapter("x", str(path), in_place=True)).error is None
+    second = run(engine, ask("3", prompt, "x"))["3"]
+    assert second[0].num_cached_tokens == 0
+    assert tokens(second) != tokens(first)
+    fresh = make_engine(model, {"y": tmp_path / "v1"})
+    assert tokens(second) == tokens(run(fresh, ask("1", prompt, "y"))["1"])
+    base = run(engine, ask("4", prompt, None))["4"]
+    assert base[0].num_cached_tokens == 0
+    check_idle(engine)
+
+
+def test_unload_waits_for_requests_and_frees_all(
+    checkpoint: Path, model: Model, tmp_path: Path
+) -> None:
+    engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 2), max_loras=2)
+    pool = engine.adapters.pool
+    assert pool is not None
+    expected = tokens(run(engine, ask("0", PROMPTS[0], "a0"))["0"])
+    engine.add_request(ask("1", PROMPTS[0], "a0"))
+    got = [t for output in engine.step() for t in output.token_ids]
+    reply = change(engine, UnloadAdapter("a0"))
+    assert reply == AdapterReply("a0")
+    while engine.has_work():
+        got += [t for output in engine.step() for t in output.token_ids]
+    assert got[: len(expected)] == expected
+    assert list(pool.names) == ["a1"]
+    assert [lora.name for lora in pool.resident] == ["a1"]
+    [refusal] = run(engine, ask("2", PROMPTS[0], "a0"))["2"]
+    assert refusal.error == "the LoRA adapter 'a0' is not loaded"
+    assert change(engine, UnloadAdapter("a0")).not_found
+    assert change(engine, UnloadAdapter("a1")).error is None
+    assert pool.resident == []
+    check_idle(engine)
+
+
+def test_errors_of_loads_name_the_adapter(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    engine = make_engine(model, {})
+    lost = change(engine, LoadAdapter("x", str(tmp_path / "nowhere")))
+    assert lost.not_found
+    assert "nowhere" in str(lost.error)
+    high = random_adapter(tmp_path / "high", checkpoint, 0, rank=9)
+    reply = change(engine, LoadAdapter("x", str(high)))
+    assert not reply.not_found
+    assert "its rank is 9, above --max-lora-rank 8" in str(reply.error)
+    small = make_engine(model, {}, lora_memory=1 << 14)
+    low = random_adapter(tmp_path / "low", checkpoint, 0)
+    assert "--lora-memory holds" in str(change(small, LoadAdapter("x", str(low))).error)
+    with pytest.raises(ConfigError, match="--lora-modules b: No adapter found"):
+        make_engine(model, {"b": tmp_path / "nowhere"})
+    with pytest.raises(ConfigError, match="--lora-modules needs --enable-lora"):
+        Engine(EngineConfig(lora_modules=("a=b",)), model=model)
+    with pytest.raises(ConfigError, match="must be NAME=DIRECTORY"):
+        Engine(EngineConfig(enable_lora=True, lora_modules=("ab",)), model=model)
+    [refusal] = run(engine, ask("1", PROMPTS[0], "x"))["1"]
+    assert refusal.finish_reason == "error"
+
+
+def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
+    checkpoint: Path, model: Model, tmp_path: Path
+) -> None:
+    paths = adapter_paths(checkpoint, tmp_path, 3)
+    engine = make_engine(model, paths, max_loras=1, max_cpu_loras=1)
+    random_adapter(paths["a1"], checkpoint, 99, rank=3)
+    outputs = run(engine, *(ask(f"r{i}", PROMPTS[0], f"a{i}") for i in range(3)))
+    assert "has changed since it was loaded" in str(outputs["r1"][-1].error)
+    assert tokens(outputs["r0"])
+    assert tokens(outputs["r2"])
+    assert change(engine, LoadAdapter("a1", str(paths["a1"]))).error is None
+    assert tokens(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
+    check_idle(engine)
+
+
+@pytest.mark.parametrize("max_loras", [1, 2])
+def test_aborts_in_every_state_leave_nothing_behind(
+    checkpoint: Path, model: Model, tmp_path: Path, max_loras: int
+) -> None:
+    """Cancel a third of the requests at any time, with more adapters than slots and few pages."""
+    paths = adapter_paths(checkpoint, tmp_path, 5)
+    engine = make_engine(model, paths, max_loras=max_loras, max_num_seqs=4, kv_cache_memory=1 << 16)
+    random = Random(0)
+    finished: dict[str, str | None] = {}
+    names = [*paths, None]
+    for i in range(120):
+        engine.add_request(ask(f"r{i}", PROMPTS[i % 2], random.choice(names), max_tokens=6))
+        if random.random() < 0.4:
+            engine.abort([f"r{random.randrange(i + 1)}"])
+        for output in engine.step() if random.random() < 0.7 else []:
+            finished[output.request_id] = output.finish_reason
+        engine.check()
+    while engine.has_work():
+        for output in engine.step():
+            finished[output.request_id] = output.finish_reason
+    assert len(finished) == 120
+    assert set(finished.values()) == {"length", "abort"}
+    check_idle(engine)
+    fresh = run(engine, ask("fresh", PROMPTS[0], "a3"))["fresh"]
+    alone = make_engine(model, {"a3": paths["a3"]})
+    assert tokens(fresh) == tokens(run(alone, ask("x", PROMPTS[0], "a3"))["x"])

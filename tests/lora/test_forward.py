@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,13 @@ def model(checkpoint: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def directories(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+def directories(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three adapters for one batch, the same variants as in the tests below."""
     found = []
     for i, name in enumerate(("all there is", "gate_up only, rsLoRA", "rank and alpha patterns")):
         wrapped = peft_model(checkpoint, i, **{"r": 4, "lora_alpha": 8} | VARIANTS[name])
         found.append(save(wrapped, tmp_path_factory.mktemp(f"adapter{i}")))
-    yield found
+    return found
 
 
 @torch.inference_mode()

@@ -87,7 +87,7 @@ class LoraPool(Generic[R]):
         self._capacity = memory.ranges.num_free
         self._device = memory.weights.memory.device
         self._free_slots = list(range(memory.num_slots))
-        self._resident: list[Lora[R]] = []  # on the device or on their way to it
+        self.resident: list[Lora[R]] = []  # on the device or on their way to it
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
         self._in_cpu: list[Lora[R]] = []
         self._reads: dict[str, Future[Lora[R]]] = {}
@@ -159,9 +159,10 @@ class LoraPool(Generic[R]):
 
     def check(self) -> None:
         """Assert that slots and memory are either free or an adapter's."""
-        slots = [lora.slot for lora in self._resident]
-        assert sorted([*slots, *self._free_slots]) == list(range(self.memory.num_slots)), slots
-        held = sum(lora.size for lora in self._resident)
+        slots = [*self._free_slots, *(lora.slot for lora in self.resident)]
+        assert len(slots) == self.memory.num_slots, slots
+        assert set(slots) == set(range(self.memory.num_slots)), slots
+        held = sum(lora.size for lora in self.resident)
         assert held + self.memory.ranges.num_free == self._capacity, held
         assert all(lora.parked for lora in self._wanted), self._wanted
 
@@ -231,7 +232,7 @@ class LoraPool(Generic[R]):
         """
         waiting = list(self._wanted)
         for i, lora in enumerate(waiting):
-            if lora in self._resident:
+            if lora in self.resident:
                 if lora.ready:  # it was closed for one that no longer waits
                     lora.closed = False
                     self._release(lora, news)
@@ -243,7 +244,7 @@ class LoraPool(Generic[R]):
 
     def _make_room(self, lora: Lora[R]) -> bool:
         """Take a slot and memory, if need be of adapters that nobody holds."""
-        idle = sorted((x for x in self._resident if x.is_idle), key=lambda x: x.last_used)
+        idle = sorted((x for x in self.resident if x.is_idle), key=lambda x: x.last_used)
         room = self.memory.ranges.num_free + sum(x.size for x in idle)
         if room < lora.size or not (self._free_slots or idle):
             return False
@@ -258,14 +259,14 @@ class LoraPool(Generic[R]):
         if lora.placement is None:
             return False
         lora.slot = self._free_slots.pop()
-        self._resident.append(lora)
+        self.resident.append(lora)
         return True
 
     def _close_for(self, waiting: Iterable[Lora[R]]) -> None:
         """Close as many adapters as those that wait need the room of."""
-        absent = [x for x in waiting if x not in self._resident]
-        leaving = [x for x in self._resident if x.closed or x.is_idle]
-        staying = [x for x in self._resident if x not in leaving]
+        absent = [x for x in waiting if x not in self.resident]
+        leaving = [x for x in self.resident if x.closed or x.is_idle]
+        staying = [x for x in self.resident if x not in leaving]
         staying.sort(key=lambda x: (x.holders + len(x.parked), x.last_used))
         slots = len(self._free_slots) + len(leaving)
         room = self.memory.ranges.num_free + sum(x.size for x in leaving)
@@ -292,7 +293,7 @@ class LoraPool(Generic[R]):
         assert lora.slot is not None, lora
         self.memory.free(lora.placement)
         self._free_slots.append(lora.slot)
-        self._resident.remove(lora)
+        self.resident.remove(lora)
         lora.slot = lora.placement = None
         lora.ready = lora.closed = False
 
@@ -304,7 +305,7 @@ class LoraPool(Generic[R]):
         """Free all memory of an unloaded adapter whose requests are done."""
         if lora.holders or lora.parked or lora in self._copies:
             return
-        if lora in self._resident:
+        if lora in self.resident:
             self._evict(lora)
         if lora in self._in_cpu:
             self._in_cpu.remove(lora)
