@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from headrace.ops.norm import add_rms_norm, rms_norm
+from headrace.ops.norm import rms_norm
 
 
 def exact(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,12 +30,11 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
     assert torch.equal(rms_norm(x, weight, 1e-5), exact(x, weight, 1e-5).float().bfloat16())
 
 
-def test_residual_is_added_before() -> None:
+def test_out_may_be_x() -> None:
     x, weight = inputs(3, 64)
-    residual = x.flip(0) + 1
-    y, total = add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total, x + residual)
-    assert_close(y.double(), exact(x + residual, weight, 1e-5), rtol=1e-5, atol=1e-5)
+    expected = rms_norm(x, weight, 1e-5)
+    assert rms_norm(x, weight, 1e-5, out=x) is x
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("wrong", ["eps", "weight", "mean"])
@@ -49,3 +48,8 @@ def test_a_wrong_norm_is_noticed(wrong: str) -> None:
     }[wrong]
     with pytest.raises(AssertionError):
         assert_close(got.double(), exact(x, weight, 1e-5), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \(7,\); x needs \(8,\)"):
+        rms_norm(torch.ones(2, 8), torch.ones(7), 1e-5)

@@ -30,15 +30,3 @@ def rms_norm(
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs {(x.shape[-1],)}")
     y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return y if out is None else out.copy_(y)
-
-
-def add_rms_norm(
-    x: Tensor,  # [num_tokens, hidden]
-    residual: Tensor,  # [num_tokens, hidden]
-    weight: Tensor,  # [hidden]
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """r = residual + x; y = rms_norm(r). Returns y and r, both [num_tokens, hidden]."""
-    assert x.shape == residual.shape, f"{x.shape=} {residual.shape=}"
-    residual = residual + x
-    return rms_norm(residual, weight, eps), residual
