@@ -3,18 +3,9 @@
 import torch
 
 from headrace.bench.cases_lora import QKV_WIDTHS, exact_delta, random_adapters, rows_of
-from headrace.lora.rows import row_arrays
 from headrace.ops.lora import add_lora
 
 CPU = torch.device("cpu")
-
-
-def test_rows_are_those_of_the_engine() -> None:
-    slots = torch.tensor([3, -1, 0, 3, 1, -1, 0])
-    rows = rows_of(slots, 5, CPU)
-    expected = row_arrays(slots.int().numpy(), 5)
-    for got, array in zip(vars(rows).values(), expected, strict=True):
-        assert got.tolist() == array.tolist()
 
 
 def test_exact_delta_is_what_the_reference_adds(monkeypatch) -> None:

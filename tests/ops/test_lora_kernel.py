@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from headrace.lora.rows import row_arrays
 from headrace.ops import routing_kernel
 from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.lora import LoraRows, LoraSite
@@ -73,16 +74,8 @@ class Adapters:
 
 
 def rows_of(slot_of_row, num_slots):
-    slot_of_row = slot_of_row.int()
-    key = torch.where(slot_of_row < 0, num_slots, slot_of_row)
-    counts = key.bincount(minlength=num_slots + 1)[:num_slots].tolist()
-    used = [s for s in range(num_slots) if counts[s]]
-    starts = [sum(counts[s] for s in used[:i]) for i in range(len(used) + 1)]
-    starts += [starts[-1]] * (num_slots - len(used))
-    used += [-1] * (num_slots - len(used))
-    ints = {"dtype": torch.int32, "device": slot_of_row.device}
-    order = key.argsort(stable=True).int()
-    return LoraRows(slot_of_row, order, torch.tensor(used, **ints), torch.tensor(starts, **ints))
+    arrays = row_arrays(slot_of_row.int().cpu().numpy(), num_slots)
+    return LoraRows(*(torch.from_numpy(array).to(slot_of_row.device) for array in arrays))
 
 
 def take(device):

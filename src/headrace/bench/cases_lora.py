@@ -21,6 +21,7 @@ from headrace.bench.cases_moe import (
     random_layer,
 )
 from headrace.bench.exact_moe import exact_layer, relative_errors
+from headrace.lora.rows import row_arrays
 from headrace.ops.lora import (
     LoraBuffers,
     LoraLayer,
@@ -141,15 +142,8 @@ def make_case(step: Step, adapters: Sequence[Adapters], num_adapters: int) -> Lo
 
 def rows_of(slot_of_row: Tensor, num_slots: int, device: torch.device) -> LoraRows:
     """The tables of a batch whose rows have these adapters."""
-    order = torch.where(slot_of_row < 0, num_slots, slot_of_row).argsort(stable=True)
-    counts = slot_of_row[slot_of_row >= 0].bincount(minlength=num_slots)
-    used = counts.nonzero().flatten()
-    active = torch.full((num_slots,), -1)
-    active[: len(used)] = used
-    starts = torch.full((num_slots + 1,), int(counts.sum()))
-    starts[0] = 0
-    starts[1 : len(used) + 1] = counts[used].cumsum(0)
-    return LoraRows(*(t.int().to(device) for t in (slot_of_row, order, active, starts)))
+    arrays = row_arrays(slot_of_row.int().numpy(), num_slots)
+    return LoraRows(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 def random_adapters(num_slots: int, rank: int, device: torch.device) -> Adapters:
