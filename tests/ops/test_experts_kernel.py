@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrace.ops import experts_kernel, mxfp4, routing_kernel
+from headrace.ops import experts_kernel, mxfp4, routing_kernel, sort_kernel
 from headrace.ops.experts import Activation
 from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
@@ -80,7 +80,7 @@ def run_layer(
     buffers = routing_kernel.allocate(
         num_tokens, x.shape[1], num_experts, top_k, tiles.gate_up.block_m, x.dtype, x.device
     )
-    slots = routing_kernel.sort(ids, local, buffers, tiles.gate_up.block_m)
+    slots = sort_kernel.sort(ids, local, buffers, tiles.gate_up.block_m)
     h = x.new_full((ids.numel(), gate_up.out_features // 2), float("nan"))
     y = x.new_full((ids.numel(), x.shape[1]), float("nan"))
     out = torch.full_like(x, float("nan"))
@@ -165,7 +165,7 @@ def test_interpreted_dense_weights_without_activation():
     dense = DenseWeight(mxfp4.dequantize(*weights.gate_up, torch.float32), RowOrder.INTERLEAVED)
     x, (ids, _) = torch.randn(9, 96), routing(9, 3, 2, "cpu")
     buffers = routing_kernel.allocate(9, 96, 3, 2, 16, torch.float32, "cpu")
-    slots = routing_kernel.sort(ids, range(3), buffers, 16)
+    slots = sort_kernel.sort(ids, range(3), buffers, 16)
     bias = weights.gate_up_bias.float()
     for weight in (dense, weights.kernel_weights()[0]):
         out = torch.full((18, 128), float("nan"))

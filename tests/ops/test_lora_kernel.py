@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace.lora.rows import row_arrays
-from headrace.ops import routing_kernel
+from headrace.ops import routing_kernel, sort_kernel
 from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.lora import LoraRows, LoraSite
 from headrace.ops.lora_kernel import (
@@ -395,7 +395,7 @@ def check_dense_experts(num_tokens, top_k, num_experts, ranks, out_features=1408
     buffers = routing_kernel.allocate(
         num_tokens, in_features, num_experts, top_k, 16, x.dtype, "cuda"
     )
-    sort = routing_kernel.sort(ids, range(num_experts), buffers, 16)
+    sort = sort_kernel.sort(ids, range(num_experts), buffers, 16)
     parts = low_rank_parts(take("cuda"), 1, ids.numel(), max(ranks))
     low_rank = shrink_experts(
         x, adapters.site, adapters.memory, slots, sort, 16, top_k, True, parts

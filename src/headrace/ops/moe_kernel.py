@@ -13,7 +13,7 @@ from headrace.ops.experts_kernel import (
     grouped_matmul,
     weighted_sum,
 )
-from headrace.ops.lora import MoELora, own_parts
+from headrace.ops.lora import MoELora, add_lora, own_parts
 from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
@@ -28,14 +28,23 @@ def moe_layer_kernel(
 ) -> Tensor:
     """out = h + sum_k weight_k expert_k(rms_norm(h))."""
     routing = buffers.routing
-    routing_kernel.route(
-        h, None, weights.norm, weights.eps, weights.router, weights.router_bias, routing,
-        buffers.tiles.gate_up.block_m, weights.renormalize,
-    )  # fmt: skip
+    _route(h, weights, buffers, lora)
     gate_up_matmul(weights, buffers, lora)
     down_matmul(weights, buffers, lora)
     everyone = range(weights.num_experts)
     return weighted_sum(buffers.weighted, routing.expert_ids, everyone, h, out)
+
+
+def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
+    routing, block_m = buffers.routing, buffers.tiles.gate_up.block_m
+    norm_and_router = (weights.norm, weights.eps, weights.router, weights.router_bias, routing)
+    if lora is None:
+        routing_kernel.route(h, None, *norm_and_router, block_m, weights.renormalize)
+    else:
+        logits = routing_kernel.route_logits(h, *norm_and_router)
+        site, parts = lora.layer.router, lora.buffers.tokens
+        add_lora(logits, routing.normed, site, lora.memory, lora.rows, parts)
+        routing_kernel.choose(routing, block_m, weights.renormalize)
 
 
 def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:

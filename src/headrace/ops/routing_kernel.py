@@ -24,7 +24,7 @@ from headrace.ops.routing import (
     routing_buffers,
     routing_counters,
 )
-from headrace.ops.sort_kernel import place, place_slots, sort, write_blocks  # noqa: F401
+from headrace.ops.sort_kernel import check_sort, check_tensor, place, place_slots, write_blocks
 
 NUM_WARPS = 8  # of both ways, for a row's sum of squares must have one order
 
@@ -156,6 +156,61 @@ def _top_k(
     return chosen_as, powers / total[:, None]
 
 
+@triton.jit
+def _choose(
+    logits,  # [BLOCK_T, EXPERTS] float32
+    chunk,
+    num_tokens,
+    num_experts,
+    ids_ptr,
+    weights_ptr,
+    counters_ptr,
+    ranks_ptr,
+    histograms_ptr,
+    slots_ptr,
+    blocks_ptr,
+    num_blocks,
+    first_expert,
+    num_local,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SORT_ALL: tl.constexpr,  # the last chunk to come here sorts the slots of all
+    ONE_CHUNK: tl.constexpr,  # there are no others
+    BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,  # with SORT_ALL: all chunks
+    SLOTS: tl.constexpr,  # with SORT_ALL: all slots, padded
+):
+    """Top-k of a chunk of tokens, and its part of the sort."""
+    token = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, EXPERTS)
+    chosen_as, weights = _top_k(logits, num_experts, TOP_K, RENORMALIZE, BLOCK_T, EXPERTS)
+    chosen = (chosen_as >= 0) & (token < num_tokens)[:, None]
+    slot = token[:, None] * TOP_K + chosen_as
+    experts = tl.broadcast_to(expert[None, :], (BLOCK_T, EXPERTS))
+    tl.store(ids_ptr + slot, experts, mask=chosen)
+    tl.store(weights_ptr + slot, weights, mask=chosen)
+    held = chosen & ((expert >= first_expert) & (expert < first_expert + num_local))[None, :]
+    # a token has an expert once: the slots before one are those of earlier tokens
+    rank = tl.cumsum(held.to(tl.int32), 0) - 1
+    counts = tl.sum(held.to(tl.int32), 0)
+    if ONE_CHUNK:
+        first_row = tl.cumsum(counts, 0) - counts
+        tl.store(slots_ptr + first_row[None, :] + rank, slot, mask=held)
+        write_blocks(counts, blocks_ptr, num_blocks, first_expert, EXPERTS, BLOCK_M)
+    else:
+        tl.store(ranks_ptr + slot, rank, mask=held)
+        tl.store(histograms_ptr + chunk * EXPERTS + expert, counts)
+        if SORT_ALL:  # noqa: SIM102 (Triton would evaluate both sides of an `and`)
+            if _arrive(counters_ptr, tl.cdiv(num_tokens, BLOCK_T)):
+                place_slots(
+                    ids_ptr, ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, 0, num_tokens,
+                    num_blocks, first_expert, num_local,
+                    TOP_K, EXPERTS, BLOCK_M, BLOCK_T, CHUNKS, SLOTS, True,
+                )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
 def router_kernel(
     x_ptr,  # [num_tokens, HIDDEN]
@@ -261,32 +316,50 @@ def router_kernel(
             out_ptrs = weights_ptr + token[:, None] * num_experts + expert[None, :]
             tl.store(out_ptrs, logits, mask=in_tokens & (expert < num_experts)[None, :])
         else:
-            chosen_as, weights = _top_k(logits, num_experts, TOP_K, RENORMALIZE, BLOCK_T, EXPERTS)
-            chosen = (chosen_as >= 0) & in_tokens
-            slot = token[:, None] * TOP_K + chosen_as
-            experts = tl.broadcast_to(expert[None, :], (BLOCK_T, EXPERTS))
-            tl.store(ids_ptr + slot, experts, mask=chosen)
-            tl.store(weights_ptr + slot, weights, mask=chosen)
-            held = (
-                chosen & ((expert >= first_expert) & (expert < first_expert + num_local))[None, :]
-            )
-            # a token has an expert once: the slots before one are those of earlier tokens
-            rank = tl.cumsum(held.to(tl.int32), 0) - 1
-            counts = tl.sum(held.to(tl.int32), 0)
-            if ONE_CHUNK:
-                first_row = tl.cumsum(counts, 0) - counts
-                tl.store(slots_ptr + first_row[None, :] + rank, slot, mask=held)
-                write_blocks(counts, blocks_ptr, num_blocks, first_expert, EXPERTS, BLOCK_M)
-            else:
-                tl.store(ranks_ptr + slot, rank, mask=held)
-                tl.store(histograms_ptr + chunk * EXPERTS + expert, counts)
-                if SPLIT:  # noqa: SIM102 (Triton would evaluate both sides of an `and`)
-                    if _arrive(counters_ptr, tl.num_programs(1)):
-                        place_slots(
-                            ids_ptr, ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, 0,
-                            num_tokens, num_blocks, first_expert, num_local,
-                            TOP_K, EXPERTS, BLOCK_M, BLOCK_T, CHUNKS, SLOTS, True,
-                        )  # fmt: skip
+            _choose(
+                logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr,
+                ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert,
+                num_local, TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SPLIT, ONE_CHUNK, BLOCK_M, CHUNKS,
+                SLOTS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
+def choose_kernel(
+    logits_ptr,  # [num_tokens, num_experts] float32
+    ids_ptr,
+    weights_ptr,
+    counters_ptr,
+    ranks_ptr,
+    histograms_ptr,
+    slots_ptr,
+    blocks_ptr,
+    num_tokens,
+    num_experts,
+    num_blocks,
+    first_expert,
+    num_local,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """What router_kernel does with its logits, for given ones."""
+    chunk = tl.program_id(0)
+    token = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, EXPERTS)
+    mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
+    logits = tl.load(logits_ptr + token[:, None] * num_experts + expert[None, :], mask=mask)
+    _choose(
+        logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr, ranks_ptr,
+        histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert, num_local,
+        TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SPLIT, ONE_CHUNK, BLOCK_M, CHUNKS, SLOTS,
+    )  # fmt: skip
 
 
 def route(
@@ -297,7 +370,7 @@ def route(
     router_weight: Tensor,  # [num_experts, hidden]
     router_bias: Tensor | None,  # [num_experts]
     buffers: RoutingBuffers,
-    block_m: int,
+    block_m: int,  # of the grouped matmuls that follow
     renormalize: bool = True,
     local: range | None = None,
 ) -> Tensor:
@@ -306,17 +379,61 @@ def route(
     With renormalize the weights are a softmax over the chosen experts, else over all of them.
     `local` are the experts held here: slots of others get no block.
     """
+    _check(x, residual, norm_weight, router_weight, router_bias, buffers)
+    local = local or range(len(router_weight))
+    check_sort(buffers, local, block_m)
     if len(x) == 0:
         return x
-    local = local or range(len(router_weight))
-    split = len(x) <= BLOCK_T * GROUP_CHUNKS
     _launch_router(
         x, residual, norm_weight, eps, router_weight, router_bias, buffers,
-        buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, split, block_m, local,
+        buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, block_m, local,
     )  # fmt: skip
-    if not split:
-        place(buffers.expert_ids, local, buffers, block_m)
+    _place_if_many(buffers, block_m, local)
     return x if residual is None else buffers.summed
+
+
+def route_logits(
+    x: Tensor,  # [num_tokens, hidden]
+    norm_weight: Tensor,  # [hidden]
+    eps: float,
+    router_weight: Tensor,  # [num_experts, hidden]
+    router_bias: Tensor | None,  # [num_experts]
+    buffers: RoutingBuffers,
+) -> Tensor:
+    """The first half of `route`: fill normed and logits, and return these.
+
+    Whoever changes logits does it between this and `choose`; a row left as it is gets the bits
+    that `route` would give it.
+    """
+    _check(x, None, norm_weight, router_weight, router_bias, buffers)
+    if len(x):
+        _launch_router(
+            x, None, norm_weight, eps, router_weight, router_bias, buffers, buffers.logits
+        )
+    return buffers.logits
+
+
+def choose(
+    buffers: RoutingBuffers,
+    block_m: int,
+    renormalize: bool = True,
+    local: range | None = None,
+) -> None:
+    """The second half of `route`: fill expert_ids, expert_weights and sorted from logits."""
+    num_tokens, num_experts = buffers.logits.shape
+    local = local or range(num_experts)
+    check_sort(buffers, local, block_m)
+    if num_tokens:
+        top_k = buffers.expert_ids.shape[1]
+        choose_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
+            buffers.logits, buffers.expert_ids, buffers.expert_weights, buffers.counters,
+            buffers.ranks, buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
+            num_tokens, num_experts, len(buffers.sorted.blocks), local.start, len(local),
+            TOP_K=top_k, RENORMALIZE=renormalize, EXPERTS=padded_experts(num_experts),
+            BLOCK_T=BLOCK_T, BLOCK_M=block_m, **_sort_sizes(num_tokens, top_k),
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _place_if_many(buffers, block_m, local)
 
 
 def router_gemm(
@@ -327,16 +444,10 @@ def router_gemm(
     out: Tensor,  # [num_tokens, num_experts] float32
 ) -> Tensor:
     """out = x W^T + b; a row has the same bits whatever the other rows."""
-    if out.shape != (len(x), len(weight)) or out.dtype != torch.float32:
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype}; needs {(len(x), len(weight))} float32"
-        )
+    _check(x, None, None, weight, bias, buffers)
+    check_tensor("out", out, (len(x), len(weight)), torch.float32)
     if len(x):
-        split = len(x) <= BLOCK_T * GROUP_CHUNKS
-        everyone = range(len(weight))
-        _launch_router(
-            x, None, None, 0.0, weight, bias, buffers, out, 0, True, split, 16, everyone
-        )  # fmt: skip
+        _launch_router(x, None, None, 0.0, weight, bias, buffers, out)
     return out
 
 
@@ -348,28 +459,68 @@ def _launch_router(
     weight: Tensor,
     bias: Tensor | None,
     buffers: RoutingBuffers,
-    weights_or_logits: Tensor,
-    top_k: int,
-    renormalize: bool,
-    split: bool,
-    block_m: int,
-    local: range,
+    out: Tensor,  # logits, or with top_k weights
+    top_k: int = 0,
+    renormalize: bool = True,
+    block_m: int = 16,
+    local: range = range(0),
 ) -> None:
     num_tokens, hidden = x.shape
-    if weight.shape[1] != hidden:
-        raise ValueError(f"router weight is {tuple(weight.shape)}; x is {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"router bias is {tuple(bias.shape)}; weight is {tuple(weight.shape)}")
-    chunks = triton.cdiv(num_tokens, BLOCK_T)
-    group_chunks = triton.next_power_of_2(chunks) if split else 1
-    router_kernel[(triton.cdiv(hidden, SLICE_K) if split else 1, chunks)](
+    sizes = _sort_sizes(num_tokens, top_k)
+    slices = triton.cdiv(hidden, SLICE_K) if sizes["SPLIT"] else 1
+    router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
-        buffers.counters, buffers.expert_ids, weights_or_logits, buffers.ranks, buffers.histograms,
+        buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
         buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight),
         len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden, EXPERTS=padded_experts(len(weight)),
-        BLOCK_T=BLOCK_T, SLICE_K=SLICE_K, BLOCK_K=64, SPLIT=split,
-        ONE_CHUNK=split and chunks == 1, BLOCK_M=block_m, CHUNKS=group_chunks,
-        SLOTS=triton.next_power_of_2(group_chunks * BLOCK_T * max(top_k, 1)),
+        BLOCK_T=BLOCK_T, SLICE_K=SLICE_K, BLOCK_K=64, BLOCK_M=block_m, **sizes,
         num_warps=NUM_WARPS, num_stages=4,
     )  # fmt: skip
+
+
+def _sort_sizes(num_tokens: int, top_k: int) -> dict[str, int]:
+    """How much of the sort the router's own programs do: all of it for one group of chunks."""
+    chunks = triton.cdiv(num_tokens, BLOCK_T)
+    split = chunks <= GROUP_CHUNKS
+    group = triton.next_power_of_2(chunks) if split else 1
+    slots = triton.next_power_of_2(group * BLOCK_T * max(top_k, 1))
+    return {"SPLIT": split, "ONE_CHUNK": chunks == 1, "CHUNKS": group, "SLOTS": slots}
+
+
+def _place_if_many(buffers: RoutingBuffers, block_m: int, local: range) -> None:
+    if len(buffers.expert_ids) > BLOCK_T * GROUP_CHUNKS:
+        place(buffers.expert_ids, local, buffers, block_m)
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffers: RoutingBuffers,
+) -> None:
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, strides {x.stride()}; pass contiguous "
+            "[num_tokens, hidden]"
+        )
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        raise ValueError(f"x is {x.dtype}; pass bfloat16")
+    (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
+    check_tensor("router weight", weight, (num_experts, hidden), x.dtype)
+    if bias is not None:
+        check_tensor("router bias", bias, (num_experts,), x.dtype)
+    if residual is not None:
+        check_tensor("residual", residual, (num_tokens, hidden), x.dtype)
+        check_tensor("buffers.summed", buffers.summed, (num_tokens, hidden), x.dtype)
+    if norm_weight is not None:
+        check_tensor("norm weight", norm_weight, (hidden,), x.dtype)
+        check_tensor("buffers.normed", buffers.normed, (num_tokens, hidden), x.dtype)
+        check_tensor("buffers.logits", buffers.logits, (num_tokens, num_experts), torch.float32)
+    if buffers.expert_ids.shape[1] > num_experts:
+        raise ValueError(
+            f"buffers are for the {buffers.expert_ids.shape[1]} best experts; there are "
+            f"{num_experts}"
+        )

@@ -8,11 +8,20 @@ is: slots of lower experts + the same expert's in earlier chunks + its rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.ops.routing import BLOCK_T, GROUP_CHUNKS, RoutingBuffers, SortedSlots
+from headrace.ops.routing import (
+    BLOCK_T,
+    GROUP_CHUNKS,
+    RoutingBuffers,
+    SortedSlots,
+    max_blocks,
+)
 
 
 @triton.jit
@@ -157,7 +166,14 @@ def sort(
     buffers: RoutingBuffers,
     block_m: int,
 ) -> SortedSlots:
-    """Sort the slots of given experts, those of one expert by slot, in two launches."""
+    """Sort the slots of given experts, those of one expert by slot, in two launches.
+
+    Triton's debug mode (TRITON_DEBUG=1) looks at the ids too, and waits for the GPU to do so.
+    """
+    check_tensor("expert_ids", expert_ids, buffers.expert_ids.shape, torch.int32)
+    check_sort(buffers, local, block_m)
+    if triton.knobs.runtime.debug:
+        check_ids(expert_ids, buffers.logits.shape[1])
     num_tokens, top_k = expert_ids.shape
     if num_tokens:
         chunk_slots = BLOCK_T * top_k
@@ -184,3 +200,42 @@ def place(
         EXPERTS=buffers.histograms.shape[1], BLOCK_M=block_m, BLOCK_T=BLOCK_T, CHUNKS=GROUP_CHUNKS,
         SLOTS=triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * top_k), num_warps=8,
     )  # fmt: skip
+
+
+def check_sort(buffers: RoutingBuffers, local: range, block_m: int) -> None:
+    """Raise ValueError where buffers are too small for the rows of the experts held here."""
+    num_experts, num_slots = buffers.logits.shape[1], buffers.expert_ids.numel()
+    if not 0 <= local.start < local.stop <= num_experts or local.step != 1:
+        raise ValueError(f"local is {local}; pass a range within the {num_experts} experts")
+    needed = max_blocks(num_slots, len(local), block_m)
+    if len(buffers.sorted.blocks) < needed:
+        raise ValueError(
+            f"buffers have {len(buffers.sorted.blocks)} blocks; {num_slots} slots of {len(local)} "
+            f"experts in blocks of {block_m} rows need {needed}"
+        )
+    num_chunks = triton.cdiv(len(buffers.expert_ids), BLOCK_T)
+    if len(buffers.counters) < num_chunks + 1:
+        raise ValueError(
+            f"counters are for {(len(buffers.counters) - 1) * BLOCK_T} tokens; make them with "
+            f"routing_counters({len(buffers.expert_ids)}, ...) or more"
+        )
+
+
+def check_ids(expert_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError for an id that is neither an expert's nor -1."""
+    wrong = expert_ids[(expert_ids < -1) | (expert_ids >= num_experts)]
+    if wrong.numel():
+        raise ValueError(
+            f"expert_ids has {wrong[0].item()}; pass 0 to {num_experts - 1}, or -1 for nobody's"
+        )
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError unless it is contiguous, of this shape and this dtype."""
+    if tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; pass contiguous "
+            f"{tuple(shape)}"
+        )
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; pass {dtype}")
