@@ -54,28 +54,25 @@ def _finite(m):
 
 
 @triton.jit
-def _merge(
-    m,  # [rows] maximum of the scores so far, in powers of two
-    total,  # [rows] sum of exp2(score - m)
-    acc,  # [rows, head_dim] sum of exp2(score - m) v
-    split_m,
-    split_total,
-    split_acc,
-):
-    """Add one split to what came before it; a split without a visible key changes nothing."""
+def _merge_weights(m, split_m):
+    """Maximum of what came before and of one split, and what each is multiplied with.
+
+    A split without a visible key has maximum -inf and weight 0: it changes nothing.
+    """
     new_m = tl.maximum(m, split_m)
-    old = tl.exp2(m - _finite(new_m))
-    new = tl.exp2(split_m - _finite(new_m))
-    # explicit fma: the compiler must not round differently where this is inlined
-    total = tl.fma(total, old, split_total * new)
-    return new_m, total, tl.fma(acc, old[:, None], split_acc * new[:, None])
+    return new_m, tl.exp2(m - _finite(new_m)), tl.exp2(split_m - _finite(new_m))
 
 
 @triton.jit
-def _store_output(out_ptrs, mask, total, acc):
-    """out = acc / total, a zero always as +0."""
-    acc = tl.where(acc == 0.0, 0.0, acc) * (1.0 / total)[:, None]
-    tl.store(out_ptrs, acc.to(out_ptrs.dtype.element_ty), mask=mask)
+def _merge(x, weight, split_x, split_weight):
+    """Explicit, for the compiler must not round differently from one place to the other."""
+    return tl.fma(x, weight, split_x * split_weight)
+
+
+@triton.jit
+def _normalize(acc, total):
+    """acc / total, a zero always as +0."""
+    return tl.where(acc == 0.0, 0.0, acc) * (1.0 / total)
 
 
 @triton.jit
@@ -108,27 +105,62 @@ def _combine_parts(
     """Merge the parts of a tile in rising order, token by token."""
     of_group = tl.arange(0, PADDED_GROUP)
     mask = of_group < GROUP
+    tile_mask = tl.broadcast_to(mask[:, None], (PADDED_GROUP, HEAD_DIM))
     column = tl.arange(0, HEAD_DIM)[None, :]
     head = first_head + of_group
     sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
+    # m and total fill a tile too, so that threads exchange nothing and no barrier delays a load
+    zeros = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
     for token in range(num_tokens):
-        m = sink
-        total = tl.full([PADDED_GROUP], 1.0, tl.float32)
-        acc = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
-        for part in tl.range(0, parts, loop_unroll_factor=8):  # so that 8 loads are under way
-            place = (first_part_row + part * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-            # .cg: another multiprocessor wrote them
-            part_m = tl.load(part_m_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
-            part_total = tl.load(part_total_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
-            part_acc = tl.load(
-                part_acc_ptr + place[:, None] * HEAD_DIM + column,
-                mask=mask[:, None],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            m, total, acc = _merge(m, total, acc, part_m, part_total, part_acc)
+        m, total, acc = zeros + sink[:, None], zeros + 1.0, zeros
+        for first_part in range(0, parts, 8):
+            for i in tl.static_range(8):  # so many loads are under way together
+                part = first_part + i
+                place = (first_part_row + part * num_tokens + token).to(tl.int64) * NUM_HEADS + head
+                there = mask & (part < parts)
+                # .cg: another multiprocessor wrote them
+                part_m = tl.load(
+                    part_m_ptr + place, mask=there, other=float("-inf"), cache_modifier=".cg"
+                )
+                part_total = tl.load(
+                    part_total_ptr + place, mask=there, other=0.0, cache_modifier=".cg"
+                )
+                part_acc = tl.load(
+                    part_acc_ptr + place[:, None] * HEAD_DIM + column,
+                    mask=tile_mask & (part < parts),
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                m, weight, part_weight = _merge_weights(m, zeros + part_m[:, None])
+                total = _merge(total, weight, zeros + part_total[:, None], part_weight)
+                acc = _merge(acc, weight, part_acc, part_weight)
         out_row = (row + token).to(tl.int64) * NUM_HEADS + head
-        _store_output(out_ptr + out_row[:, None] * HEAD_DIM + column, mask[:, None], total, acc)
+        out = _normalize(acc, total)
+        tl.store(
+            out_ptr + out_row[:, None] * HEAD_DIM + column,
+            out.to(out_ptr.dtype.element_ty),
+            mask=tile_mask,
+        )
+
+
+@triton.jit
+def _load_pages(
+    table_row_ptr, block_stride, block, first_key, end_key,
+    PAGE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Pages of a block of keys, [pages a block] int32; 0 where none of first_key:end_key lies."""
+    PAGES: tl.constexpr = max(KEYS // PAGE, 1)
+    page = block * KEYS // PAGE + tl.arange(0, PAGES)
+    mask = ((page + 1) * PAGE > first_key) & (page * PAGE < end_key)
+    return tl.load(table_row_ptr + page * block_stride, mask=mask, other=0)
+
+
+@triton.jit
+def _expand_pages(pages, PAGE: tl.constexpr, KEYS: tl.constexpr):
+    """The page of every key of a block, [KEYS] int64."""
+    PAGES: tl.constexpr = max(KEYS // PAGE, 1)
+    pages = tl.broadcast_to(pages.to(tl.int64)[:, None], (PAGES, KEYS // PAGES))
+    return pages.reshape(KEYS)
 
 
 @triton.jit
@@ -197,27 +229,31 @@ def attention_kernel(
         first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
         end_key = position + num_tokens
         k_ptr = cache_ptr + kv_head * HEAD_DIM
-        key = first_block * KEYS + tl.arange(0, KEYS)
-        page = tl.load(
-            table_row_ptr + key // PAGE * block_stride,
-            mask=(key >= first_key) & (key < end_key),
-            other=0,
+        pages = _load_pages(
+            table_row_ptr, block_stride, first_block, first_key, end_key, PAGE, KEYS
         )
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
             key_mask = key < end_key
             if WINDOWED:
                 key_mask &= key >= first_key
-            k_ptrs = k_ptr + (page.to(tl.int64) * (PAGE * TOKEN) + key % PAGE * TOKEN)[:, None]
+            slot = _expand_pages(pages, PAGE, KEYS) * PAGE + key % PAGE
+            k_ptrs = k_ptr + (slot * TOKEN)[:, None]
             # zeros where masked: what lies there may be NaN, which 0 * v would keep
             k = tl.load(k_ptrs + column, mask=key_mask[:, None], other=0.0)
             v = tl.load(k_ptrs + value_offset + column, mask=key_mask[:, None], other=0.0)
             # ready when the next keys are asked for
-            next_key = key + KEYS
-            page = tl.load(
-                table_row_ptr + next_key // PAGE * block_stride, mask=next_key < end_key, other=0
+            pages = _load_pages(
+                table_row_ptr, block_stride, block + 1, first_key, end_key, PAGE, KEYS
             )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if not WINDOWED:  # a window is one split
+                # Here and not where a split ends, so that its last product runs on until now.
+                if _is_cut(block * KEYS) & (block > first_block):
+                    m, weight, split_weight = _merge_weights(m, split_m)
+                    total = _merge(total, weight, split_total, split_weight)
+                    acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
+                    split_m = tl.full([ROWS], float("-inf"), tl.float32)  # makes alpha 0
             if WINDOWED:
                 age = row_position[:, None] - key[None, :]
                 scores = tl.where((age >= 0) & (age < window), scores, float("-inf"))
@@ -231,14 +267,9 @@ def attention_kernel(
             split_total = split_total * alpha + tl.sum(p, 1)
             split_acc *= alpha[:, None]
             split_acc = tl.dot(p.to(v.dtype), v, split_acc, input_precision="ieee")
-            if not WINDOWED:
-                if (block + 1 == end_block) | _is_cut((block + 1) * KEYS):
-                    m, total, acc = _merge(m, total, acc, split_m, split_total, split_acc)
-                    split_m = tl.full([ROWS], float("-inf"), tl.float32)
-                    split_total = tl.zeros([ROWS], tl.float32)
-                    split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-        if WINDOWED:  # a window is one split
-            m, total, acc = _merge(m, total, acc, split_m, split_total, split_acc)
+        m, weight, split_weight = _merge_weights(m, split_m)
+        total = _merge(total, weight, split_total, split_weight)
+        acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
 
         # fields are loaded again rather than held in registers through the loop
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
@@ -249,7 +280,8 @@ def attention_kernel(
                 first_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS
             )
             out_ptrs = out_ptr + place[:, None] * HEAD_DIM + column
-            _store_output(out_ptrs, mask[:, None], total, acc)
+            out = _normalize(acc, total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptrs, out, mask=mask[:, None])
         else:
             part_row = tl.load(item_ptr + _PART_ROW)
             place, mask = _place_of_rows(

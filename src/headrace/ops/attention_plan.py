@@ -43,7 +43,7 @@ class AttentionTile:
     rows: int = 64  # query rows (tokens x heads of a KV head) scored at once
     keys: int = 128  # scored at once: a power of two that divides every split
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     programs_per_sm: int = 2
 
 
