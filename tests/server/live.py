@@ -87,7 +87,8 @@ class LiveServer:
 
     async def _serve(self) -> None:
         tokenizer = load_tokenizer(self._engine_config.model)
-        model = load_model_info(self._engine_config.model, tokenizer, self._config)
+        modules = self._engine_config.lora_modules
+        model = load_model_info(self._engine_config.model, tokenizer, self._config, modules)
         self.engine = EngineClient(self._engine_config)
         await self.engine.start()
         app = create_app(self.engine, tokenizer, self._config, model)

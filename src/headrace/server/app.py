@@ -6,7 +6,7 @@ import hmac
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 
@@ -21,8 +21,10 @@ from headrace.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
     PromptFields,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from headrace.server.responses import (
     ChatResponse,
@@ -124,23 +126,54 @@ async def version() -> VersionResponse:
 
 @api.get("/v1/models", responses=documented(401))
 async def models(request: Request) -> ModelList:
-    """The served models."""
-    return ModelList(data=[model_card(serving_of(request))])
+    """The served model, and the adapters of it."""
+    serving = serving_of(request)
+    names = [serving.model.name, *(adapter.name for adapter in serving.adapters)]
+    return ModelList(data=[model_card(serving, name) for name in names])
 
 
 @api.get("/v1/models/{model:path}", responses=documented(401, 404))
 async def model(request: Request, model: str) -> ModelCard:
     """One served model."""
     serving_of(request).check_model(model)
-    return model_card(serving_of(request))
+    return model_card(serving_of(request), model)
 
 
-def model_card(serving: Serving) -> ModelCard:
-    """Describe the served model."""
-    info = serving.model
+def model_card(serving: Serving, name: str) -> ModelCard:
+    """Describe the served model or one of its adapters."""
+    info, length = serving.model, serving.max_model_len
+    if name == info.name:
+        return ModelCard(id=name, created=info.created, root=info.root, max_model_len=length)
+    found = serving.adapters[name]
     return ModelCard(
-        id=info.name, created=info.created, root=info.root, max_model_len=serving.max_model_len
+        id=name, created=found.created, root=found.path, parent=info.name, max_model_len=length
     )
+
+
+@api.post(
+    "/v1/load_lora_adapter",
+    response_class=PlainTextResponse,
+    responses=documented(400, 401, 404, 500, 503),
+)
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> str:
+    """Serve an adapter under a name of its own."""
+    serving = serving_of(request)
+    serving.check_ready()
+    await serving.adapters.load(body.lora_name, body.lora_path, body.load_inplace)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@api.post(
+    "/v1/unload_lora_adapter",
+    response_class=PlainTextResponse,
+    responses=documented(400, 401, 404, 500, 503),
+)
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> str:
+    """Serve an adapter no longer; its running requests are finished."""
+    serving = serving_of(request)
+    serving.check_ready()
+    await serving.adapters.unload(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 @api.post("/v1/completions", response_model=CompletionResponse, responses=GENERATE)

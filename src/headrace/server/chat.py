@@ -147,7 +147,7 @@ class Chat:
             id=self._id,
             object="chat.completion",
             created=self._created,
-            model=self._serving.model.name,
+            model=self._request.model,
             choices=[answer.choice(index) for index, answer in enumerate(answers)],
             usage=self._usage(),
         )
@@ -175,7 +175,9 @@ class Chat:
         for token_id in self._forced:
             for piece in reader.pieces(parser.feed(token_id)):
                 yield piece
-        async with aclosing(self._serving.generate(self._prompt, params, timer)) as outputs:
+        async with aclosing(
+            self._serving.generate(self._request.model, self._prompt, params, timer)
+        ) as outputs:
             async for output in outputs:
                 self._num_tokens[index] += len(output.token_ids)
                 self._num_cached = max(self._num_cached, output.num_cached_tokens)
@@ -210,7 +212,7 @@ class Chat:
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
-            model=self._serving.model.name,
+            model=self._request.model,
             choices=choices,
             **{"usage": usage} if usage else {},
         )

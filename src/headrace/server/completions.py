@@ -83,7 +83,9 @@ class Completion:
         params = with_seed(self._params[prompt], index % self._request.n)
         text = ChoiceText(serving.tokenizer, self._request, token_ids)
         timer = serving.timer(len(token_ids), params)
-        async with aclosing(serving.generate(token_ids, params, timer)) as outputs:
+        async with aclosing(
+            serving.generate(self._request.model, token_ids, params, timer)
+        ) as outputs:
             async for output in outputs:
                 self._num_tokens[index] += len(output.token_ids)
                 self._num_cached[prompt] = max(self._num_cached[prompt], output.num_cached_tokens)
@@ -112,7 +114,7 @@ class Completion:
             id=self._id,
             object="text_completion",
             created=self._created,
-            model=self._serving.model.name,
+            model=self._request.model,
             choices=choices,
             **{"usage": usage} if usage else {},
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError, ServerConfig
+from headrace.engine.adapters import parse_module
 from headrace.models.weights import read_json
 from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.harmony import speaks_harmony
@@ -28,13 +30,16 @@ class ModelInfo:
     is_harmony: bool
     chat_template: ChatTemplate | None
     sampling_defaults: dict[str, Any]
+    adapters: tuple[tuple[str, Path], ...] = ()  # (name, directory) of those loaded at start
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig) -> ModelInfo:
+def load_model_info(
+    model_dir: Path, tokenizer: Tokenizer, config: ServerConfig, lora_modules: Iterable[str] = ()
+) -> ModelInfo:
     """Read config.json, generation_config.json and the chat template.
 
-    Raises ConfigError naming the file that is missing or wrong.
+    Raises ConfigError naming the file that is missing or wrong, or the adapter whose name is taken.
     """
     model_config = read_json(model_dir / "config.json")
     vocab_size = model_config.get("vocab_size")
@@ -46,8 +51,13 @@ def load_model_info(model_dir: Path, tokenizer: Tokenizer, config: ServerConfig)
     chat_stops = [tokenizer.special_ids.get(name) for name in CHAT_STOPS] if is_harmony else []
     source = load_template_source(model_dir, is_harmony)
     defaults = {} if config.generation_config == "none" else sampling_defaults(generation)
+    name = config.served_model_name or model_dir.resolve().name
+    adapters = tuple(parse_module(module) for module in lora_modules)
+    if name in dict(adapters):
+        raise ConfigError(f"--lora-modules {name}: this is the base model's name")
     return ModelInfo(
-        name=config.served_model_name or model_dir.resolve().name,
+        name=name,
+        adapters=adapters,
         root=str(model_dir),
         vocab_size=vocab_size,
         eos_token_ids=unique_ids([*([eos] if isinstance(eos, int) else eos), *chat_stops]),

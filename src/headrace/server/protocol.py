@@ -250,3 +250,20 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: list[TokenId]
+
+
+AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class LoadAdapterRequest(Strict):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: AdapterName
+    lora_path: str = Field(min_length=1, description="a PEFT directory on the server")
+    load_inplace: bool = Field(False, description="replace the adapter that has this name")
+
+
+class UnloadAdapterRequest(Strict):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: AdapterName

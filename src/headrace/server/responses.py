@@ -152,6 +152,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "headrace"
     root: str
+    parent: str | None = None  # the model that an adapter belongs to
     max_model_len: int
 
 

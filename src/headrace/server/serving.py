@@ -12,7 +12,8 @@ import msgspec
 
 from headrace.config import ServerConfig
 from headrace.engine.client import EngineClient
-from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
+from headrace.engine.messages import AddRequest, EngineStats, RequestOutput, SamplingParams
+from headrace.server.adapters import AdapterMetrics, ServedAdapters
 from headrace.server.errors import ApiError, bad_request
 from headrace.server.metrics import Metrics, RequestTimer
 from headrace.server.model_info import ModelInfo
@@ -38,9 +39,15 @@ class Serving:
         self.config = config
         self.model = model
         self.metrics = Metrics(model.name, engine.ready)
+        self.adapters = ServedAdapters(engine, model.name, model.adapters)
+        self.adapter_metrics = AdapterMetrics(self.metrics.registry, engine.ready.max_loras)
         self.draining = False
         self.num_in_flight = 0
-        engine.on_stats = self.metrics.on_stats
+        engine.on_stats = self._on_stats
+
+    def _on_stats(self, stats: EngineStats) -> None:
+        self.metrics.on_stats(stats)
+        self.adapter_metrics.on_stats(stats)
 
     @property
     def max_model_len(self) -> int:
@@ -48,8 +55,8 @@ class Serving:
         return self.engine.ready.max_model_len
 
     def check_model(self, name: str | None) -> None:
-        """Raise 404 unless this is the served model (None: whatever is served)."""
-        if name is not None and name != self.model.name:
+        """Raise 404 unless this is the model or an adapter (None: whatever is served)."""
+        if name is not None and name != self.model.name and name not in self.adapters:
             raise ApiError(404, f"The model `{name}` does not exist.", "model")
 
     def check_ready(self) -> None:
@@ -137,18 +144,25 @@ class Serving:
         )
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, timer: RequestTimer
+        self,
+        model: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        timer: RequestTimer,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one sequence on the engine; closing the generator aborts it there.
 
         Raises ApiError 500 when the engine dies, 503 when it takes no more requests.
         """
-        request = AddRequest(uuid.uuid4().hex, prompt_token_ids, params, time.monotonic())
+        adapter = None if model == self.model.name else model
+        arrival = time.monotonic()
+        request = AddRequest(uuid.uuid4().hex, prompt_token_ids, params, arrival, adapter)
         self.num_in_flight += 1
         try:
             async with aclosing(outputs_of(self.engine, request)) as outputs:
                 async for output in outputs:
                     timer.on_output(output)
+                    self.adapter_metrics.on_output(adapter, output)
                     if output.finish_reason == "error":
                         raise self.engine_error(output)
                     yield output
