@@ -51,8 +51,9 @@ STEP = {
     "rms_norm_kernel": 1,
     "linear_kernel": 1,  # LM head
 }
-# What adapters add, however many: x A^T is a launch of its own, and so is its product with B beside
-# q, k, v, the output and the router, which is therefore cut in two; the experts' are in their matmuls.
+# What adapters add, however many: x A^T is a launch of its own, and so is its product with B
+# beside q, k, v, the output and the router, which is therefore cut in two; for the experts it is in
+# their matmuls.
 LORA_LAYER = {"shrink_kernel": 5, "expand_kernel": 3, "choose_kernel": 1}
 LORA_STEP = {
     "embedding_shrink_kernel": 1,
