@@ -84,7 +84,7 @@ class Sampler:
         rows = scored.rows
         if of_model is not logits:
             rows = torch.arange(len(rows), device=logits.device)
-        scores = Scores(of_model, rows, tokens[scored.rows], scored.num_top)
+        scores = compute_scores(of_model, rows, tokens[scored.rows], scored.num_top)
         return Sampled(tokens, scored.host_rows, scores)
 
     @torch.inference_mode()
@@ -95,9 +95,11 @@ class Sampler:
         num_top: Sequence[int],  # [num_rows] alternatives wanted
     ) -> Scores:
         """Log-probabilities of given tokens and of the most likely ones beside them."""
+        if not tokens:
+            return Scores()
         [chosen] = upload([np.array(tokens, dtype=np.int64)], self._device)
         rows = torch.arange(len(tokens), device=self._device)
-        return Scores(logits, rows, chosen, num_top)
+        return compute_scores(logits, rows, chosen, num_top)
 
     def dry_run(self, logits: Tensor) -> None:  # [1, vocab] fp32, overwritten
         """Launch every kernel there is, for a warm-up: nothing depends on what they write."""
@@ -116,19 +118,14 @@ class Sampler:
 class Scores:
     """Log-probabilities of given tokens and of the most likely ones, on their way to the host."""
 
-    def __init__(
-        self,
-        logits: Tensor,  # [num_rows, vocab] fp32, the model's own
-        rows: Tensor,  # [num_scores] int64
-        tokens: Tensor,  # [num_scores] int64
-        num_top: Sequence[int],  # [num_scores] alternatives wanted
-    ) -> None:
-        self._num_top = num_top
-        most = max(num_top, default=0)
-        self._download = Download(sampling.top_logprobs(logits, rows, tokens, most))
+    def __init__(self, num_top: Sequence[int] = (), tensors: Sequence[Tensor] = ()) -> None:
+        self._num_top = num_top  # alternatives wanted, of each row
+        self._download = Download(tensors)  # ids, logprobs, ranks
 
     def read(self) -> list[TokenLogprobs]:
         """Wait for the device; one score a row."""
+        if not self._num_top:
+            return []
         ids, logprobs, ranks = (tensor.tolist() for tensor in self._download.read())
         return [
             TokenLogprobs(row_ids[: 1 + n], row_logprobs[: 1 + n], rank)
@@ -136,6 +133,16 @@ class Scores:
                 ids, logprobs, ranks, self._num_top, strict=True
             )
         ]
+
+
+def compute_scores(
+    logits: Tensor,  # [num_rows, vocab] fp32, the model's own
+    rows: Tensor,  # [num_scores] int64
+    tokens: Tensor,  # [num_scores] int64
+    num_top: Sequence[int],  # [num_scores] alternatives wanted
+) -> Scores:
+    """Log-probabilities of a token of each row, and of as many others as any row wants."""
+    return Scores(num_top, sampling.top_logprobs(logits, rows, tokens, max(num_top)))
 
 
 class Sampled:
@@ -150,13 +157,12 @@ class Sampled:
         self.token_ids = token_ids
         self._download = Download([token_ids])
         self._scored = scored
-        self._scores = scores
+        self._scores = scores or Scores()
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Wait for the device; a token a row, and its log-probabilities where they are wanted."""
         [tokens] = self._download.read()
-        scores = self._scores.read() if self._scores else []
-        of_row = dict(zip(self._scored, scores, strict=True))
+        of_row = dict(zip(self._scored, self._scores.read(), strict=True))
         return [(token, of_row.get(row)) for row, token in enumerate(tokens.tolist())]
 
 

@@ -33,12 +33,12 @@ def has_filters(params: SamplingParams) -> bool:
 
 @dataclass(frozen=True)
 class Edits:
-    """Single logits to change; those of one kind are all different. int64, but for the biases."""
+    """Single logits to change, a row and a token each; int64, but for the biases."""
 
     closed_rows: Tensor  # rows with allowed_token_ids
-    allowed_rows: Tensor  # row and token of all that is left in these
+    allowed_rows: Tensor  # what is left in these
     allowed_tokens: Tensor
-    biased_rows: Tensor
+    biased_rows: Tensor  # all different
     biased_tokens: Tensor
     biases: Tensor  # fp32
     banned_rows: Tensor  # stop tokens before min_tokens
@@ -130,25 +130,21 @@ def is_early(request: Request) -> bool:
 
 def _edits(requests: Sequence[Request]) -> list[np.ndarray]:
     """The arrays of Edits, or none."""
-    closed: list[int] = []
-    allowed: list[tuple[int, int]] = []
-    biases: list[tuple[int, int]] = []
-    values: list[float] = []
-    banned: list[tuple[int, int]] = []
+    allowed, biased, banned = [], [], []  # (row, its tokens)
+    biases: list[float] = []
     for row, request in enumerate(requests):
         params = request.params
         if params.allowed_token_ids is not None:
-            closed.append(row)
-            allowed += [(row, token) for token in params.allowed_token_ids]
-        biases += [(row, token) for token in params.logit_bias]
-        values += params.logit_bias.values()
-        if is_early(request):
-            banned += [(row, token) for token in params.stop_token_ids]
-    if not (closed or biases or banned):
+            allowed.append((row, params.allowed_token_ids))
+        if params.logit_bias:
+            biased.append((row, list(params.logit_bias)))
+            biases += params.logit_bias.values()
+        if params.stop_token_ids and is_early(request):
+            banned.append((row, params.stop_token_ids))
+    if not (allowed or biased or banned):
         return []
-    return [
-        _ints(closed), *_pairs(allowed), *_pairs(biases), _floats(values), *_pairs(banned)
-    ]  # fmt: skip
+    closed = _ints([row for row, _ in allowed])
+    return [closed, *_places(allowed), *_places(biased), _floats(biases), *_places(banned)]
 
 
 def _penalties(
@@ -191,6 +187,9 @@ def _floats(values: Sequence[float]) -> np.ndarray:
     return np.array(values, dtype=np.float32)
 
 
-def _pairs(pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    array = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+def _places(tokens_of_rows: Sequence[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and token of each token."""
+    rows = _ints([row for row, _ in tokens_of_rows])
+    counts = _ints([len(tokens) for _, tokens in tokens_of_rows])
+    tokens = [_ints(tokens) for _, tokens in tokens_of_rows]
+    return np.repeat(rows, counts), np.concatenate([_ints([]), *tokens])
