@@ -49,7 +49,7 @@ def test_slots_and_tables() -> None:
     assert found.block_tables[1].T.tolist() == [[-1, 8, -1], [-1, -1, 9]]
 
 
-@pytest.mark.parametrize("found", [rows(), FlatRows.idle(7, 2)])
+@pytest.mark.parametrize("found", [rows(), FlatRows.idle(7, 1, 2)])
 def test_capacities_hold_the_arrays(found: FlatRows) -> None:
     num_tokens, num_seqs = len(found.token_ids), len(found.seq_lens)
     capacities = FlatRows.capacities(num_tokens, num_seqs, 3, 2)
@@ -60,7 +60,11 @@ def test_capacities_hold_the_arrays(found: FlatRows) -> None:
 
 
 def test_idle_rows_write_nothing() -> None:
-    idle = FlatRows.idle(3, 2)
+    idle = FlatRows.idle(3, 1, 2)
     assert [slots.tolist() for slots in idle.slots] == [[-1] * 3] * 2
     assert idle.seq_lens.tolist() == [1, 1, 1]
     assert idle.query_start.tolist() == [0, 1, 2, 3]
+    chunk = FlatRows.idle(1, 5, 2, num_blocks=3)
+    assert chunk.positions.tolist() == [0, 1, 2, 3, 4]
+    assert (chunk.seq_lens.tolist(), chunk.output_rows.tolist()) == ([5], [4])
+    assert chunk.block_tables[1].shape == (3, 1)

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from headrace.config import ServerConfig
 from headrace.engine.messages import AddRequest, EngineReady, RequestOutput, TokenLogprobs
+from headrace.engine.phases import StartReport
 from headrace.server.app import create_app
 from headrace.server.chat_template import ChatTemplate
 from headrace.server.model_info import ModelInfo
@@ -23,7 +24,7 @@ class ScriptedEngine:
 
     dead_reason = None
     is_alive = True
-    ready = EngineReady(max_model_len=4096, num_pages=[64], block_size=16, load_seconds=0.0)
+    ready = EngineReady(max_model_len=4096, num_pages=[64], block_size=16, start=StartReport({}))
 
     def __init__(self, *scripts: Sequence[int]) -> None:
         self._scripts = list(scripts)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
 from headrace.engine.adapters import Adapters
-from headrace.engine.cache_size import cache_memory, plan_cache
+from headrace.engine.cache_size import cache_memory, page_bytes, plan_cache
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
     AddRequest,
@@ -20,11 +20,13 @@ from headrace.engine.messages import (
     RequestOutput,
     TokenLogprobs,
 )
+from headrace.engine.phases import Phases, StartReport
 from headrace.engine.request import Request, RequestError, new_request
 from headrace.engine.runner import Runner
 from headrace.engine.sampler import Sampled, Sampler, Scores
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan, Scheduler
 from headrace.engine.threads import set_cpu_threads
+from headrace.engine.warmup import WarmUp, warm_up
 from headrace.models import Model, load_model
 
 
@@ -52,39 +54,71 @@ class Engine:
         model: Model | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        start = time.monotonic()
         self.config = config
         set_cpu_threads(config.model)
-        self.model = model or load_model(config.model, config.device, config.dtype, progress)
+        phases = Phases()
+        with phases("weights"):
+            self.model = model or load_model(config.model, config.device, config.dtype, progress)
         on_gpu = self.model.device.type == "cuda"
-        if on_gpu:  # on the CPU memory is taken as it is needed
-            rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-            max_rank = config.max_lora_rank if config.enable_lora else 0
-            self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
-        self.adapters = Adapters(config, self.model)
-        layout, dtype = self.model.kv_layout, self.model.dtype
-        memory = cache_memory(config, self.model.device)
-        positions = self.model.config.max_position_embeddings
-        pages, self.max_model_len = plan_cache(layout, config, memory, dtype, positions)
-        self.cache = KVCache(layout.windows, pages, config.block_size, config.enable_prefix_caching)
-        self.runner = Runner(self.model, pages, config, self.max_model_len, self.adapters.weights)
+        weight_bytes = torch.cuda.memory_allocated() if on_gpu else 0
+        with phases("adapters"):
+            if on_gpu:  # on the CPU memory is taken as it is needed
+                rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+                max_rank = config.max_lora_rank if config.enable_lora else 0
+                self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
+            self.adapters = Adapters(config, self.model)
+        with phases("cache"):
+            vocab_size = self.model.config.vocab_size
+            self.sampler = Sampler(vocab_size, config.max_num_seqs, self.model.device)
+            self._make_cache()
+        warmed = WarmUp(0, 0, 0.0)
+        if on_gpu:
+            with phases("kernels"):
+                warmed = warm_up(self.runner.dry_run, self.model.device)
+            with phases("graphs"):
+                self.runner.capture()
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
-        vocab_size = self.model.config.vocab_size
-        self.sampler = Sampler(vocab_size, config.max_num_seqs, self.model.device)
         self.requests: dict[str, Request] = {}
-        self.ready = EngineReady(
-            self.max_model_len,
-            pages,
-            config.block_size,
-            time.monotonic() - start,
-            config.max_loras if config.enable_lora else 0,
-        )
+        self.ready = self._ready(phases, weight_bytes, warmed)
         self.overlap = on_gpu  # read a step's tokens one step late
         self._launched: Launched | None = None
         self._news: list[RequestOutput] = []  # refusals and aborts, told with the next step
         self._arrivals = count()
         self._num_steps = 0
         self._iteration_tokens: list[int] = []
+
+    def _make_cache(self) -> None:
+        """Pages for all the memory that is left, and the runner that fills them."""
+        config, model = self.config, self.model
+        memory = cache_memory(config, model.device)
+        positions = model.config.max_position_embeddings
+        self._num_pages, self.max_model_len = plan_cache(
+            model.kv_layout, config, memory, model.dtype, positions
+        )
+        self.cache = KVCache(
+            model.kv_layout.windows,
+            self._num_pages,
+            config.block_size,
+            config.enable_prefix_caching,
+        )
+        weights = self.adapters.weights
+        self.runner = Runner(model, self._num_pages, config, self.max_model_len, weights)
+
+    def _ready(self, phases: Phases, weight_bytes: int, warmed: WarmUp) -> EngineReady:
+        """What the server wants to know."""
+        config, layout, pages = self.config, self.model.kv_layout, self._num_pages
+        sizes = page_bytes(layout, config.block_size, self.model.dtype)
+        full = [n for n, window in zip(pages, layout.windows, strict=True) if not window]
+        report = StartReport(
+            phases.seconds,
+            weight_bytes,
+            cache_bytes=sum(n * size for n, size in zip(pages, sizes, strict=True)),
+            cache_tokens=min(full or pages) * config.block_size,
+            num_kernels=warmed.num_kernels,
+            num_compiled=warmed.num_compiled,
+        )
+        max_loras = config.max_loras if config.enable_lora else 0
+        return EngineReady(self.max_model_len, pages, config.block_size, report, max_loras)
 
     def add_request(self, message: AddRequest) -> None:
         """Queue a request; one that can't run is answered with an error output."""
@@ -114,7 +148,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do or tell anything."""
-        return bool(self.requests or self._news or self._launched or self.adapters.is_loading)
+        return bool(self.requests or self._news or self._launched or self.adapters.has_work)
 
     def step(self) -> list[RequestOutput]:
         """Launch one batch, then tell the news of the batch before it.

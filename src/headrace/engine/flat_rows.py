@@ -49,17 +49,18 @@ class FlatRows:
         )
 
     @staticmethod
-    def idle(num_seqs: int, num_groups: int) -> FlatRows:
-        """Decode rows that write nothing, of sequences of one token on page 0."""
-        rows = np.arange(num_seqs)
+    def idle(num_seqs: int, num_tokens: int, num_groups: int, num_blocks: int = 1) -> FlatRows:
+        """Rows that write nothing: num_tokens of each sequence, whose blocks are all on page 0."""
+        rows = np.arange(num_seqs * num_tokens)
+        starts = np.arange(num_seqs + 1, dtype=np.int32) * np.int32(num_tokens)
         return FlatRows(
             token_ids=rows * 0,
-            positions=rows * 0,
-            query_start=np.arange(num_seqs + 1, dtype=np.int32),
-            seq_lens=np.ones(num_seqs, dtype=np.int32),
-            output_rows=rows,
+            positions=rows % num_tokens,
+            query_start=starts,
+            seq_lens=np.diff(starts),
+            output_rows=starts[1:].astype(np.int64) - 1,
             slots=[rows * 0 - 1] * num_groups,
-            block_tables=[np.zeros((1, num_seqs), dtype=np.int32)] * num_groups,
+            block_tables=[np.zeros((num_blocks, num_seqs), dtype=np.int32)] * num_groups,
         )
 
     def arrays(self) -> list[np.ndarray]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from headrace.engine.phases import StartReport
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens, after validation; the engine trusts these values.
@@ -114,7 +116,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     max_model_len: int
     num_pages: list[int]  # per KV group
     block_size: int
-    load_seconds: float
+    start: StartReport
     max_loras: int = 0  # 0: no adapters are served
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from headrace.engine.request import Request
 from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
+from headrace.ops import dispatch
 from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_attention, plan_shape
 from headrace.ops.lora import LoraBatch, LoraWeights
 
@@ -47,7 +48,8 @@ class Runner:
         self.sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self._max_blocks = -(-max_model_len // block_size)
         num_groups = len(layout.windows)
-        most_rows = max(config.max_num_batched_tokens, self.max_num_seqs)
+        self._max_num_tokens = config.max_num_batched_tokens
+        most_rows = max(self._max_num_tokens, self.max_num_seqs)
         largest = FlatRows.capacities(most_rows, self.max_num_seqs, self._max_blocks, num_groups)
         self._staging = Staging(largest, device)
         self._plans = [self._make_plan(window, config) for window in layout.windows]
@@ -55,21 +57,36 @@ class Runner:
         self._graphs: dict[bool, Graphs] = {}  # by whether rows may have adapters
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[int, int], None]) -> None:
+    def capture(self) -> None:
         """Capture the decode steps of every size; with --enable-lora, with adapters too."""
         self._graphs = {False: Graphs()} | ({True: Graphs()} if self._lora else {})
         sizes = graph_sizes(self.max_num_seqs)
         # the largest takes the pool's memory
         todo = [(size, kind) for size in reversed(sizes) for kind in self._graphs]
-        for done, (size, has_lora) in enumerate(todo):
-            on_progress(done, len(todo))
-            rows = FlatRows.idle(size, len(self._plans))
-            lora = None
-            if has_lora and self._lora:
-                lora = self._lora.put_slots(np.full(size, -1), range(size))
-            batch = self._batch(rows, self._fixed(size), lora)
+        for size, has_lora in todo:
+            batch = self._idle_decode(size, has_lora)
             self._graphs[has_lora].capture(size, partial(self.model.forward, batch))
-        on_progress(len(todo), len(todo))
+
+    @torch.inference_mode()
+    def dry_run(self) -> None:
+        """One step of every kind, so that whoever watches sees every kernel that steps launch."""
+        sizes, num_groups = graph_sizes(self.max_num_seqs), len(self._plans)
+        chunks = {n - odd for n in doublings(self._max_num_tokens) for odd in (0, 1) if n > odd}
+        for has_lora in {False, self._lora is not None}:
+            for size in sizes:
+                self.model.forward(self._idle_decode(size, has_lora))
+            for n in sorted(chunks):
+                rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
+                self.model.forward(self._batch(rows, lora=self._idle_lora(rows, has_lora)))
+
+    def _idle_decode(self, size: int, has_lora: bool) -> Batch:
+        rows = FlatRows.idle(size, 1, len(self._plans))
+        return self._batch(rows, self._fixed(size), self._idle_lora(rows, has_lora))
+
+    def _idle_lora(self, rows: FlatRows, has_lora: bool) -> LoraBatch | None:
+        if self._lora is None or not has_lora:
+            return None
+        return self._lora.put_slots(np.full(len(rows.token_ids), -1), rows.output_rows.tolist())
 
     @torch.inference_mode()
     def forward(
@@ -139,17 +156,26 @@ class Runner:
 
     def _make_plan(self, window: int, config: EngineConfig) -> AttentionPlan | None:
         layout, device = self.model.kv_layout, self.model.device
-        if device.type == "cpu":
+        if not dispatch.takes_kernel(self.sampled):
             return None
+        num_sms = 1  # interpreted on the CPU
+        if device.type == "cuda":
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         shape = plan_shape(
             config.max_num_batched_tokens,
             config.max_num_seqs,
             layout.num_heads,
             layout.num_kv_heads,
             layout.head_dim,
-            torch.cuda.get_device_properties(device).multi_processor_count,
+            num_sms,
         )
         return empty_plan(shape, window, device)
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ..., and 3 / 2 times each, up to most."""
+    powers = [1 << i for i in range(most.bit_length())]
+    return sorted({n for p in powers for n in (p, p * 3 // 2) if n <= most} | {most})
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -77,6 +77,7 @@ class Metrics:
         for reason in FINISHED_REASONS:
             self.success.labels(*self._labels, reason)
         self._cache_info(ready)
+        self._start_info(ready)
 
     def _make(self, kind: Any, name: str, text: str, **options: Any) -> Any:
         metric = kind(f"vllm:{name}", text, LABELS, registry=self.registry, **options)
@@ -93,6 +94,16 @@ class Metrics:
             registry=self.registry,
         )
         info.labels(*self._labels, str(ready.block_size), str(sum(ready.num_pages))).set(1)
+
+    def _start_info(self, ready: EngineReady) -> None:
+        seconds = Gauge(
+            "headrace:startup_seconds",
+            "Of each part of the start",
+            (*LABELS, "phase"),
+            registry=self.registry,
+        )
+        for phase, value in ready.start.phases.items():
+            seconds.labels(*self._labels, phase).set(value)
 
     def on_stats(self, stats: EngineStats) -> None:
         """Take the engine's news; its counters run since its start."""

@@ -18,6 +18,7 @@ from headrace.engine.client import EngineClient
 from headrace.server.app import create_app
 from headrace.server.model_info import load_model_info
 from headrace.server.serving import Serving
+from headrace.server.start_table import start_table
 from headrace.server.tokenizer import load_tokenizer
 
 LAST_REPLIES = 5  # seconds for connections to close after the drain
@@ -34,8 +35,11 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Start the engine and the HTTP server, and end them in order."""
+    start = time.perf_counter()
     tokenizer = load_tokenizer(engine_config.model)
-    model = load_model_info(engine_config.model, tokenizer, server_config)
+    model = load_model_info(
+        engine_config.model, tokenizer, server_config, engine_config.lora_modules
+    )
     console = Console(stderr=True)
     with bind(server_config) as listener, Progress(console=console, transient=True) as bar:
         loading = bar.add_task(f"loading {model.name}", total=None)
@@ -47,6 +51,7 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         app = create_app(engine, tokenizer, server_config, model)
         http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))
         listener.listen()  # before anybody is told: uvicorn itself would do so only a moment later
+        console.print(start_table(engine.ready.start, time.perf_counter() - start))
         announce(console, server_config.host, listener.getsockname()[1], model.name)
         try:
             await http.serve_until_signal(listener)
