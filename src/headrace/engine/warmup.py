@@ -34,8 +34,6 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
     All else in dry_run runs as it is, on tensors that no kernel has written: it must not take
     sizes or indices from them. Raises ConfigError if the disk can't hold what is compiled.
     """
-    from triton import AsyncCompileMode
-
     start = time.perf_counter()
 
     def use_device() -> None:  # each thread has a current device of its own
@@ -47,16 +45,34 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
             ThreadPoolExecutor(os.cpu_count(), initializer=use_device) as pool,
             counted_compiles() as compiled,
         ):
-            mode = AsyncCompileMode(pool)
-            with nothing_launched(), mode:
+            compiling = _compile_mode(pool)
+            with nothing_launched(), compiling:
                 dry_run()
-            kernels = [future.result() for future in mode.future_kernels.values()]
+            kernels = [future.result() for future in compiling.future_kernels.values()]
             list(pool.map(lambda kernel: kernel.run, kernels))  # loads it
     except OSError as error:
         raise ConfigError(
             f"compiled kernels can't be kept, set TRITON_CACHE_DIR: {error}"
         ) from None
     return WarmUp(len(kernels), sum(compiled), time.perf_counter() - start)
+
+
+def _compile_mode(pool: ThreadPoolExecutor) -> Any:
+    """While it is entered, kernels are compiled in the pool."""
+    from triton import AsyncCompileMode
+
+    class CompileMode(AsyncCompileMode):
+        def submit(self, key: str, compile_kernel: Any, finish: Any) -> Any:
+            """Put the kernel in its cache at once, though it isn't one yet.
+
+            The layers of a model launch the same kernels; without this each launch would work out
+            the kernel's key on disk, ten times as long as the rest of it.
+            """
+            future = super().submit(key, compile_kernel, finish)
+            finish(future)
+            return future
+
+    return CompileMode(pool)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,31 +19,58 @@ from headrace.ops.mxfp4 import BLOCK_SIZE, NAN_SCALE, MXFP4Weight
 Shapes = dict[str, tuple[int, ...]]
 
 
+class TensorSource(Protocol):
+    """Where tensors come from, by their names in a checkpoint."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """These will be read soon, in this order."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored, on the device."""
+        ...
+
+
 def load_gpt_oss(
     config: GptOssConfig, checkpoint: Checkpoint, dtype: torch.dtype, gpu_layout: bool
 ) -> GptOssWeights:
-    """Check every tensor, then read them, layer by layer.
+    """Check every tensor, then read them. ConfigError names what doesn't fit config.json."""
+    is_mxfp4 = has_packed_experts(checkpoint)
+    checkpoint.check(tensor_shapes(config, is_mxfp4))
+    return read_gpt_oss(config, checkpoint, is_mxfp4, dtype, gpu_layout)
+
+
+def has_packed_experts(checkpoint: Checkpoint) -> bool:
+    """Known by tensor names: re-uploads of MXFP4 checkpoints carry other quantization_configs."""
+    return any(name.endswith("_blocks") for name in checkpoint)
+
+
+def read_gpt_oss(
+    config: GptOssConfig,
+    source: TensorSource,
+    is_mxfp4: bool,
+    dtype: torch.dtype,
+    gpu_layout: bool,
+) -> GptOssWeights:
+    """Read layer by layer.
 
     Experts in MXFP4 stay packed unless dtype is float32. With gpu_layout all experts are in the
     layout of the GPU's kernels, and dtype must be bfloat16.
     """
-    # by tensor names: re-uploads of MXFP4 checkpoints carry other quantization_configs
-    is_mxfp4 = any(name.endswith("_blocks") for name in checkpoint)
-    shapes = tensor_shapes(config, is_mxfp4)
-    checkpoint.check(shapes)
-    embedding = checkpoint.read("model.embed_tokens.weight").to(dtype)
+    names = tensor_shapes(config, is_mxfp4)
+    embedding = source.read("model.embed_tokens.weight").to(dtype)
     layers = []
     for i in range(config.num_hidden_layers):
         # the next layer is on its way while this one is prepared
         this_and_next = (_prefix(i), _prefix(i + 1))
-        checkpoint.prefetch(name for name in shapes if name.startswith(this_and_next))
-        layers.append(_read_layer(config, checkpoint, _prefix(i), dtype, is_mxfp4, gpu_layout))
+        source.prefetch(name for name in names if name.startswith(this_and_next))
+        layers.append(_read_layer(config, source, _prefix(i), dtype, is_mxfp4, gpu_layout))
     tied = config.tie_word_embeddings
     return GptOssWeights(
         embedding=embedding,
         layers=tuple(layers),
-        norm=checkpoint.read("model.norm.weight").to(dtype),
-        lm_head=embedding if tied else checkpoint.read("lm_head.weight").to(dtype),
+        norm=source.read("model.norm.weight").to(dtype),
+        lm_head=embedding if tied else source.read("lm_head.weight").to(dtype),
     )
 
 
@@ -104,14 +134,14 @@ def _moe_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
 
 def _read_layer(
     config: GptOssConfig,
-    checkpoint: Checkpoint,
+    source: TensorSource,
     prefix: str,
     dtype: torch.dtype,
     is_mxfp4: bool,
     gpu_layout: bool,
 ) -> LayerWeights:
     def read(name: str) -> Tensor:
-        return checkpoint.read(prefix + name).to(dtype)
+        return source.read(prefix + name).to(dtype)
 
     def read_bias(*projections: str) -> Tensor | None:
         if not config.attention_bias:
@@ -122,9 +152,9 @@ def _read_layer(
         name = f"{prefix}mlp.experts.{projection}_proj"
         weight: Tensor | MXFP4Weight
         if is_mxfp4:
-            weight = _read_mxfp4(checkpoint, name)
+            weight = _read_mxfp4(source, name)
         else:
-            weight = checkpoint.read(name).to(dtype).transpose(1, 2)
+            weight = source.read(name).to(dtype).transpose(1, 2)
         if gpu_layout:
             return _in_gpu_layout(weight, has_pairs=projection == "gate_up")
         if isinstance(weight, MXFP4Weight) and dtype == torch.float32:
@@ -156,8 +186,8 @@ def _read_layer(
     )
 
 
-def _read_mxfp4(checkpoint: Checkpoint, name: str) -> MXFP4Weight:
-    packed = MXFP4Weight(checkpoint.read(f"{name}_blocks"), checkpoint.read(f"{name}_scales"))
+def _read_mxfp4(source: TensorSource, name: str) -> MXFP4Weight:
+    packed = MXFP4Weight(source.read(f"{name}_blocks"), source.read(f"{name}_scales"))
     if (packed.scales == NAN_SCALE).any():
         raise ConfigError(f"tensor {name}_scales holds 0xFF, which means NaN: the file is damaged")
     return packed
