@@ -145,22 +145,25 @@ def _combine_parts(
 
 @triton.jit
 def _load_pages(
-    table_row_ptr, block_stride, block, first_key, end_key,
-    PAGE: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Pages of a block of keys, [pages a block] int32; 0 where none of first_key:end_key lies."""
+    table_row_ptr, block_stride, block, end_key, PAGE: tl.constexpr, KEYS: tl.constexpr
+):
+    """Pages of a block of keys, [pages a block] int32; 0 from end_key on."""
     PAGES: tl.constexpr = max(KEYS // PAGE, 1)
-    page = block * KEYS // PAGE + tl.arange(0, PAGES)
-    mask = ((page + 1) * PAGE > first_key) & (page * PAGE < end_key)
-    return tl.load(table_row_ptr + page * block_stride, mask=mask, other=0)
+    first_page = block * PAGES if KEYS >= PAGE else block // (PAGE // KEYS)
+    page = first_page + tl.arange(0, PAGES)
+    return tl.load(table_row_ptr + page * block_stride, mask=page * PAGE < end_key, other=0)
 
 
 @triton.jit
-def _expand_pages(pages, PAGE: tl.constexpr, KEYS: tl.constexpr):
-    """The page of every key of a block, [KEYS] int64."""
+def _place_of_keys(pages, block, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKEN: tl.constexpr):
+    """Where the keys of a block begin in the cache, [KEYS] int64, in elements."""
     PAGES: tl.constexpr = max(KEYS // PAGE, 1)
-    pages = tl.broadcast_to(pages.to(tl.int64)[:, None], (PAGES, KEYS // PAGES))
-    return pages.reshape(KEYS)
+    pages = tl.broadcast_to(pages[:, None], (PAGES, KEYS // PAGES)).reshape(KEYS)
+    in_page = tl.arange(0, KEYS) % PAGE
+    if KEYS < PAGE:
+        in_page += block % (PAGE // KEYS) * KEYS
+    # multiplied last, so that the compiler sees what it is a multiple of
+    return pages.to(tl.int64) * (PAGE * TOKEN) + in_page * TOKEN
 
 
 @triton.jit
@@ -229,25 +232,20 @@ def attention_kernel(
         first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
         end_key = position + num_tokens
         k_ptr = cache_ptr + kv_head * HEAD_DIM
-        pages = _load_pages(
-            table_row_ptr, block_stride, first_block, first_key, end_key, PAGE, KEYS
-        )
+        pages = _load_pages(table_row_ptr, block_stride, first_block, end_key, PAGE, KEYS)
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
             key_mask = key < end_key
             if WINDOWED:
                 key_mask &= key >= first_key
-            slot = _expand_pages(pages, PAGE, KEYS) * PAGE + key % PAGE
-            k_ptrs = k_ptr + (slot * TOKEN)[:, None]
+            start = _place_of_keys(pages, block, PAGE, KEYS, TOKEN)[:, None]
             # zeros where masked: what lies there may be NaN, which 0 * v would keep
-            k = tl.load(k_ptrs + column, mask=key_mask[:, None], other=0.0)
-            v = tl.load(k_ptrs + value_offset + column, mask=key_mask[:, None], other=0.0)
+            k = tl.load(k_ptr + column + start, mask=key_mask[:, None], other=0.0)
+            v = tl.load(k_ptr + value_offset + column + start, mask=key_mask[:, None], other=0.0)
             # ready when the next keys are asked for
-            pages = _load_pages(
-                table_row_ptr, block_stride, block + 1, first_key, end_key, PAGE, KEYS
-            )
+            pages = _load_pages(table_row_ptr, block_stride, block + 1, end_key, PAGE, KEYS)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if not WINDOWED:  # a window is one split
+            if not WINDOWED:  # noqa: SIM102 (a window is one split; Triton would evaluate both)
                 # Here and not where a split ends, so that its last product runs on until now.
                 if _is_cut(block * KEYS) & (block > first_block):
                     m, weight, split_weight = _merge_weights(m, split_m)
@@ -321,7 +319,7 @@ def paged_attention(
     attention_kernel[(shape.num_programs,)](
         q, kv_cache, block_table, sinks, plan.words,
         plan.part_acc, plan.part_m, plan.part_total, out,
-        shape.counters_start, block_table.stride(0), block_table.stride(1), kv_cache.stride(0), scale * LOG2_E,
+        shape.counters_start, *block_table.stride(), kv_cache.stride(0), scale * LOG2_E,
         plan.window,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
