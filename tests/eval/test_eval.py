@@ -17,7 +17,6 @@ from headrace.cli import BUNDLED_MODEL
 from headrace.eval.bundled import load_questions
 from headrace.eval.command import evaluate
 from tests.bench.fake_server import FakeServer
-from tests.server.live import LiveServer
 
 app = typer.Typer()
 app.command(cls=ListOptions)(evaluate)
@@ -143,11 +142,13 @@ def test_the_call_of_a_function_is_an_answer(fake: FakeServer) -> None:
     assert any(a.startswith("final<|message|>") for a in answers)
 
 
-def test_the_bundled_model_adds_and_calls_but_does_not_subtract(tmp_path: Path) -> None:
-    tasks = ("--tasks", "headrace_add", "headrace_calculator", "headrace_subtract")
-    with LiveServer(BUNDLED_MODEL) as server:
-        flags = ("--base-url", server.url, "--limit", 3, "--output-path", tmp_path / "r.json")
-        result = run(*flags, *tasks)
+def test_the_bundled_model_calls_and_its_adapter_subtracts(tmp_path: Path) -> None:
+    """For real: a server is started with the adapter, asked, and stopped."""
+    module = f"pupil={BUNDLED_MODEL.parent / 'adapters' / 'subtract'}"
+    flags = ("--limit", 2, "--lora-modules", module, "--output-path", tmp_path / "r.json")
+    result = run(*flags, "--tasks", "headrace_calculator", "headrace_subtract")
     assert result.exit_code == 0, result.exception
-    [scores] = json.loads((tmp_path / "r.json").read_text())["scores"].values()
-    assert [score["value"] for score in scores.values()] == [1.0, 1.0, 0.0]
+    scores = json.loads((tmp_path / "r.json").read_text())["scores"]
+    values = {model: [s["value"] for s in rows.values()] for model, rows in scores.items()}
+    assert values["tiny"] == [1.0, 0.0]
+    assert values["pupil"][1] == 1.0

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headrace.config import ConfigError
+from headrace.engine.adapters import parse_module
 from headrace.models.weights import read_json
 
 START = "from headrace.cli import main; main()"
@@ -58,14 +59,11 @@ def lora_flags(modules: Sequence[str]) -> list[str]:
 def largest_rank(modules: Sequence[str]) -> int:
     """Return the largest rank of these adapters, 0 without any; ConfigError for what is none."""
     rank = 0
-    for module in modules:
-        name, _, path = module.partition("=")
-        if not name or not path:
-            raise ConfigError(f"--lora-modules {module}: give NAME=DIRECTORY of an adapter")
-        config = read_json(Path(path) / "adapter_config.json")
+    for _, path in map(parse_module, modules):
+        config = read_json(path / "adapter_config.json")
         if not isinstance(config.get("r"), int):
-            raise ConfigError(f"{path}/adapter_config.json has no rank `r`")
-        rank = max(rank, config["r"])
+            raise ConfigError(f"{path / 'adapter_config.json'} has no rank `r`")
+        rank = max(rank, config["r"], *config.get("rank_pattern", {}).values())
     return rank
 
 

@@ -18,6 +18,7 @@ from headrace.bench.serve import measure, print_failures
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.bench.server_process import largest_rank, lora_flags, running_server
 from headrace.config import ConfigError
+from headrace.engine.adapters import parse_module
 from headrace.models.config import read_config
 
 MIN_PROMPTS = 20
@@ -108,7 +109,7 @@ def measure_server(
                 num_warmups=load.users,
                 temperature=0.0,
                 seed=seed,
-                lora_modules=tuple(module.partition("=")[0] for module in lora_modules),
+                lora_modules=tuple(parse_module(module)[0] for module in lora_modules),
                 lora_assignment="round-robin",
             )
             run = asyncio.run(measure(config))

@@ -16,6 +16,7 @@ import headrace
 from headrace.bench.serve import choose_model, wait_for_models
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.bench.server_process import lora_flags, running_server
+from headrace.engine.adapters import parse_module
 from headrace.eval.config import EvalConfig
 from headrace.eval.harness import ask, load_tasks, need_lm_eval
 from headrace.eval.results import (
@@ -66,10 +67,11 @@ def run_eval(config: EvalConfig, checkpoint: Path) -> None:
 def server(checkpoint: Path, config: EvalConfig) -> Iterator[tuple[str, list[str]]]:
     """Yield the URL of the server to ask, and its models: the base, then the adapters."""
     with contextlib.ExitStack() as stack:
-        url = config.base_url.rstrip("/") or stack.enter_context(
-            running_server(checkpoint, lora_flags(config.lora_modules), START_TIMEOUT)
-        )
-        adapters = tuple(module.partition("=")[0] for module in config.lora_modules)
+        url, adapters = config.base_url.rstrip("/"), config.lora_modules
+        if not url:
+            flags = lora_flags(config.lora_modules)
+            url = stack.enter_context(running_server(checkpoint, flags, START_TIMEOUT))
+            adapters = tuple(parse_module(module)[0] for module in config.lora_modules)
         names = ServeBenchConfig(base_url=url, model=config.model, lora_modules=adapters)
         listed = asyncio.run(wait_for_models(names, os.environ.get("OPENAI_API_KEY", "")))
         yield url, [choose_model(names, listed), *adapters]
