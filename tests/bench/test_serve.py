@@ -51,6 +51,7 @@ def test_a_run_is_counted_and_saved(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "r.json").read_text())
     assert (saved["completed"], saved["total_output_tokens"]) == (12, 48)
     assert (saved["request_rate"], saved["num_prompts"]) == ("inf", 12)
+    assert saved["model"] == "m"
     assert saved["output_lens"] == [4] * 12
     assert [len(itls) for itls in saved["itls"]] == [3] * 12
     assert saved["generated_texts"][0] == " t0 t1 t2 t3"

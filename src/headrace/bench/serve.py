@@ -36,6 +36,7 @@ REASONS_SHOWN = 10
 class Run:
     """A load that is over."""
 
+    model: str  # the base
     outcomes: list[Outcome]
     timelines: list[Timeline]  # of those that succeeded
     summary: Summary
@@ -52,12 +53,12 @@ def run_serve(config: ServeBenchConfig) -> int:
     print(table(run.summary, config.metrics, config.percentiles, config.max_concurrency,
                 config.request_rate))  # fmt: skip
     print_failures(run.outcomes)
-    now = datetime.now()
+    path = result_path(config, run.model, datetime.now())
     if config.save_result or config.save_detailed:
-        save(config, run, now)
+        save(config, run, path)
     if config.plot:
-        for path in plot_run(run.timelines, run.summary, result_path(config, now).with_suffix("")):
-            print(f"Plot: {path}")
+        for plot in plot_run(run.timelines, run.summary, path.with_suffix("")):
+            print(f"Plot: {plot}")
     return 1 if run.summary.failed else 0
 
 
@@ -79,7 +80,7 @@ async def measure(config: ServeBenchConfig) -> Run:
         duration = time.perf_counter() - start
     timelines = [timeline(o, tokenizer) for o in outcomes if o.succeeded]
     summary = summarize(timelines, len(outcomes) - len(timelines), duration, config.goals)
-    return Run(outcomes, timelines, summary)
+    return Run(model, outcomes, timelines, summary)
 
 
 async def wait_for_models(config: ServeBenchConfig, key: str) -> list[dict[str, Any]]:
@@ -98,7 +99,7 @@ async def wait_for_models(config: ServeBenchConfig, key: str) -> list[dict[str, 
                         raise ConfigError(f"{config.url}: {said} (set OPENAI_API_KEY)")
                     if response.status < 500:
                         listed = await response.json(content_type=None) if response.ok else {}
-                        return list(listed.get("data", []))
+                        return list(listed["data"]) if "data" in listed else []
                     problem = f"HTTP {response.status}"
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 problem = str(error)
@@ -209,27 +210,25 @@ def print_failures(outcomes: Sequence[Outcome]) -> None:
         print(f"... and {len(reasons) - REASONS_SHOWN} other reasons")
 
 
-def result_path(config: ServeBenchConfig, now: datetime) -> Path:
+def result_path(config: ServeBenchConfig, model: str, now: datetime) -> Path:
     """Return where the result goes."""
     rate = f"{config.request_rate:g}qps"
     load = f"-concurrency{config.max_concurrency}" if config.max_concurrency else ""
-    model = (config.model or "model").replace("/", "-")
-    name = f"{config.backend}-{rate}{load}-{model}-{now:%Y%m%d-%H%M%S}.json"
+    name = f"{config.backend}-{rate}{load}-{Path(model).name}-{now:%Y%m%d-%H%M%S}.json"
     return config.result_dir / (config.result_filename or name)
 
 
-def save(config: ServeBenchConfig, run: Run, now: datetime) -> None:
+def save(config: ServeBenchConfig, run: Run, path: Path) -> None:
     """Write the figures and what they were measured with."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     result = {
-        "date": f"{now:%Y%m%d-%H%M%S}",
+        "date": f"{datetime.now():%Y%m%d-%H%M%S}",
         "headrace": headrace.__version__,
-        **settings | {"request_rate": rate_text(config.request_rate)},
+        **settings | {"model": run.model, "request_rate": rate_text(config.request_rate)},
         **run.summary.to_json(config.metrics, config.percentiles),
     }
     if config.save_detailed:
         result |= details(run.outcomes)
-    path = result_path(config, now)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"Result: {path}")

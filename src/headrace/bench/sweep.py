@@ -93,7 +93,7 @@ def measure_server(
 ) -> Iterator[tuple[SweepRow, int]]:
     """Start a server and yield a row, and how many requests failed, for each load."""
     loads = [Load(users, sweep.input_len, sweep.output_len) for users in sweep.users]
-    loads += [load for load in peer_loads if load not in loads]
+    loads += [] if lora_modules else [load for load in peer_loads if load not in loads]
     most = max(load.users for load in loads)
     flags = ["--no-enable-prefix-caching", "--max-num-seqs", str(most)]
     flags += lora_flags(lora_modules) + shlex.split(sweep.serve_args)
