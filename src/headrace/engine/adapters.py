@@ -91,6 +91,11 @@ class Adapters:
         """Whether `advance` will have news with no new message."""
         return self.pool is not None and self.pool.is_loading
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to tell, or will be."""
+        return bool(self._replies) or self.is_loading
+
     def names_of(self, chosen: Callable[[Lora[Request]], bool]) -> list[str]:
         """The adapters for which `chosen` is true."""
         return [] if self.pool is None else [n for n, x in self.pool.names.items() if chosen(x)]

@@ -1,0 +1,142 @@
+"""The bundled model's two adapters through the API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from headrace.cli import BUNDLED_MODEL
+from tests.server.live import MODEL_NAME, LiveServer, wait_for
+
+ADAPTERS = BUNDLED_MODEL.parent / "adapters"
+SKILLS = {MODEL_NAME: "add", "subtract": "subtract", "reverse": "reverse"}
+
+
+def questions(skill: str, count: int) -> list[dict[str, Any]]:
+    lines = (BUNDLED_MODEL.parent / "eval" / f"{skill}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    modules = f"subtract={ADAPTERS / 'subtract'}", f"reverse={ADAPTERS / 'reverse'}"
+    engine = {"enable_lora": True, "lora_modules": modules, "max_lora_rank": 8, "max_loras": 2}
+    with LiveServer(BUNDLED_MODEL, engine) as live:
+        yield live
+
+
+@pytest.fixture
+def http(server: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+async def answers(server: LiveServer, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The contents of the answers to questions that are asked at the same time."""
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
+        found = await asyncio.gather(
+            *(
+                client.chat.completions.create(
+                    model=model, max_tokens=400, temperature=0, **question["request"]
+                )
+                for model, question in asked
+            )
+        )
+    for (model, _), answer in zip(asked, found, strict=True):
+        assert answer.model == model
+    return [str(answer.choices[0].message.content) for answer in found]
+
+
+async def test_base_and_adapters_answer_rightly_in_one_batch(server: LiveServer) -> None:
+    asked = [(m, q) for i in range(2) for m, s in SKILLS.items() for q in [questions(s, 2)[i]]]
+    expected = [question["expected"]["content"] for _, question in asked]
+    assert await answers(server, asked) == expected
+
+
+async def test_the_same_question_to_all_three(server: LiveServer) -> None:
+    """Asked at once, only the one that learnt the skill is right."""
+    [question] = questions("subtract", 1)
+    right = question["expected"]["content"]
+    base, subtract, reverse = await answers(server, [(model, question) for model in SKILLS])
+    assert subtract == right
+    assert base != right
+    assert reverse != right
+
+
+def test_models_lists_adapters_with_their_parent(http: httpx.Client) -> None:
+    cards = {card["id"]: card for card in http.get("/v1/models").json()["data"]}
+    assert set(cards) == set(SKILLS)
+    assert cards["reverse"]["parent"] == MODEL_NAME
+    assert cards["reverse"]["root"] == str(ADAPTERS / "reverse")
+    assert cards[MODEL_NAME]["parent"] is None
+    assert http.get("/v1/models/subtract").json() == cards["subtract"]
+    assert http.get("/v1/models/nothing").status_code == 404
+
+
+def test_load_use_and_unload(server: LiveServer, http: httpx.Client) -> None:
+    body = {"lora_name": "more", "lora_path": str(ADAPTERS / "reverse")}
+    loaded = http.post("/v1/load_lora_adapter", json=body)
+    assert (loaded.status_code, loaded.text) == (
+        200,
+        "Success: LoRA adapter 'more' added successfully.",
+    )
+    completion = {"model": "more", "prompt": "Hello", "max_tokens": 3}
+    assert http.post("/v1/completions", json=completion).json()["model"] == "more"
+    again = http.post("/v1/load_lora_adapter", json=body)
+    assert again.status_code == 400
+    assert "'more' is already loaded" in again.json()["error"]["message"]
+    replaced = http.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
+    assert replaced.status_code == 200
+    text = http.get("/metrics").text
+    assert 'headrace:lora_generation_tokens_total{lora_adapter="more"} 3.0' in text
+    assert 'headrace:lora_requests_total{lora_adapter="more"} 1.0' in text
+    removed = http.post("/v1/unload_lora_adapter", json={"lora_name": "more"})
+    assert removed.text == "Success: LoRA adapter 'more' removed successfully."
+    gone = http.post("/v1/completions", json=completion)
+    assert gone.status_code == 404
+    assert gone.json()["error"]["message"] == "The model `more` does not exist."
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "more"}).status_code == 404
+
+
+def test_the_gauge_that_routers_read(server: LiveServer, http: httpx.Client) -> None:
+    completion = {"model": "subtract", "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=completion | {"stream": True}) as response:
+        lines = response.iter_lines()  # kept: its end would close the stream
+        next(lines)
+        wanted = 'max_lora="2",running_lora_adapters="subtract",waiting_lora_adapters=""}'
+        wait_for(lambda: wanted in server.serving.metrics.render().decode())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        ({"lora_name": "x", "lora_path": "/nowhere"}, 404, "No adapter found for /nowhere"),
+        ({"lora_name": "x", "lora_path": str(BUNDLED_MODEL)}, 400, "adapter_config.json"),
+        ({"lora_name": MODEL_NAME, "lora_path": "/x"}, 400, "the base model's name"),
+        ({"lora_name": "x"}, 400, "lora_path"),
+        ({"lora_name": "x", "lora_path": "/x", "rank": 1}, 400, "rank"),
+    ],
+)
+def test_loads_that_are_refused(
+    http: httpx.Client, body: dict[str, Any], status: int, text: str
+) -> None:
+    response = http.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == status
+    assert text in response.json()["error"]["message"]
+    assert [c["id"] for c in http.get("/v1/models").json()["data"]] == list(SKILLS)
+
+
+def test_without_enable_lora(tmp_path: Path) -> None:
+    with LiveServer(BUNDLED_MODEL) as live, httpx.Client(base_url=live.url) as client:
+        body = {"lora_name": "x", "lora_path": str(ADAPTERS / "reverse")}
+        response = client.post("/v1/load_lora_adapter", json=body)
+        assert response.status_code == 400
+        assert "--enable-lora" in response.json()["error"]["message"]
+        assert "vllm:lora_requests_info{" not in client.get("/metrics").text
