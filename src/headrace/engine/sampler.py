@@ -30,6 +30,7 @@ class Sampler:
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
         self._device = device
         self._counts = TokenCounts(vocab_size, device)
         self._batch: tuple[list[Request], list[bool]] = [], []
@@ -95,16 +96,15 @@ class Sampler:
         num_top: Sequence[int],  # [num_rows] alternatives wanted
     ) -> Scores:
         """Log-probabilities of given tokens and of the most likely ones beside them."""
-        if not tokens:
-            return Scores()
         [chosen] = upload([np.array(tokens, dtype=np.int64)], self._device)
         rows = torch.arange(len(tokens), device=self._device)
         return compute_scores(logits, rows, chosen, num_top)
 
-    def dry_run(self, logits: Tensor) -> None:  # [1, vocab] fp32, overwritten
+    def dry_run(self) -> None:
         """Launch every kernel there is, for a warm-up: nothing depends on what they write."""
         params = SamplingParams(max_tokens=1, top_k=1, frequency_penalty=1.0, logprobs=0)
         request = Request("", 1, params, None, (0.0, 0), seed=0, token_ids=array("q", [0]), limit=2)
+        logits = torch.zeros(1, self._vocab_size, device=self._device)
         out = torch.zeros(1, dtype=torch.int64, device=self._device)
         self.sample(logits, self.prepare([request]), out)
         self.release(request)
@@ -118,14 +118,12 @@ class Sampler:
 class Scores:
     """Log-probabilities of given tokens and of the most likely ones, on their way to the host."""
 
-    def __init__(self, num_top: Sequence[int] = (), tensors: Sequence[Tensor] = ()) -> None:
+    def __init__(self, num_top: Sequence[int], tensors: Sequence[Tensor]) -> None:
         self._num_top = num_top  # alternatives wanted, of each row
         self._download = Download(tensors)  # ids, logprobs, ranks
 
     def read(self) -> list[TokenLogprobs]:
         """Wait for the device; one score a row."""
-        if not self._num_top:
-            return []
         ids, logprobs, ranks = (tensor.tolist() for tensor in self._download.read())
         return [
             TokenLogprobs(row_ids[: 1 + n], row_logprobs[: 1 + n], rank)
@@ -157,25 +155,11 @@ class Sampled:
         self.token_ids = token_ids
         self._download = Download([token_ids])
         self._scored = scored
-        self._scores = scores or Scores()
+        self._scores = scores
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Wait for the device; a token a row, and its log-probabilities where they are wanted."""
         [tokens] = self._download.read()
-        of_row = dict(zip(self._scored, self._scores.read(), strict=True))
+        scores = self._scores.read() if self._scores else []
+        of_row = dict(zip(self._scored, scores, strict=True))
         return [(token, of_row.get(row)) for row, token in enumerate(tokens.tolist())]
-
-
-def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-    """Sampler.sample for one batch, waited for."""
-    sampler = Sampler(logits.shape[1], len(requests), logits.device)
-    sampled = sampler.sample(logits.clone(), sampler.prepare(requests))
-    return [token for token, _ in sampled.read()]
-
-
-def score_tokens(
-    logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]
-) -> list[TokenLogprobs]:
-    """Sampler.score, waited for."""
-    sampler = Sampler(logits.shape[1], len(tokens), logits.device)
-    return sampler.score(logits, tokens, num_top).read()
