@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.engine.client import EngineClient
+from headrace.engine.phases import process_age
 from headrace.server.app import create_app
 from headrace.server.model_info import load_model_info
 from headrace.server.serving import Serving
@@ -35,7 +36,7 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Start the engine and the HTTP server, and end them in order."""
-    start = time.perf_counter()
+    start = time.monotonic() - (process_age() or 0.0)
     tokenizer = load_tokenizer(engine_config.model)
     model = load_model_info(
         engine_config.model, tokenizer, server_config, engine_config.lora_modules
@@ -46,12 +47,13 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         engine = EngineClient(
             engine_config, on_progress=lambda d, t: bar.update(loading, completed=d, total=t)
         )
+        before = time.monotonic() - start
         await engine.start()
         bar.stop()
         app = create_app(engine, tokenizer, server_config, model)
         http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))
         listener.listen()  # before anybody is told: uvicorn itself would do so only a moment later
-        console.print(start_table(engine.ready.start, time.perf_counter() - start))
+        console.print(start_table(engine.ready.start, before, time.monotonic() - start))
         announce(console, server_config.host, listener.getsockname()[1], model.name)
         try:
             await http.serve_until_signal(listener)

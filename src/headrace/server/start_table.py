@@ -9,8 +9,11 @@ from headrace.engine.phases import StartReport
 GIB = 2**30
 
 
-def start_table(report: StartReport, total: float) -> Table:
-    """Seconds by phase, in their order, and what the phase made; `other` is the rest of total."""
+def start_table(report: StartReport, server: float, total: float) -> Table:
+    """Seconds by phase, in their order, and what the phase made.
+
+    server: seconds until the engine's process was started; all that is in no phase is `other`.
+    """
     made = {
         "weights": f"{report.weight_bytes / GIB:.2f} GiB" if report.weight_bytes else "",
         "kernels": f"{report.num_kernels}, {report.num_compiled} of them compiled now",
@@ -20,9 +23,10 @@ def start_table(report: StartReport, total: float) -> Table:
     table.add_column("phase")
     table.add_column("seconds", justify="right")
     table.add_column("")
+    table.add_row("server", f"{server:.2f}", "")
     for phase, seconds in report.phases.items():
         table.add_row(phase, f"{seconds:.2f}", made.get(phase, ""))
-    table.add_row("other", f"{max(total - sum(report.phases.values()), 0):.2f}", "")
+    table.add_row("other", f"{max(total - server - sum(report.phases.values()), 0):.2f}", "")
     table.add_section()
     table.add_row("in all", f"{total:.2f}", "")
     return table
