@@ -16,7 +16,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton o
 
 SHARE = LinearTile(block_m=16, block_n=64, rows=24, block_k=64, num_warps=4, num_stages=2)
 FULL = LinearTile(32, 64, 64, 32, num_warps=4, num_stages=2, group_m=2)
-TILES = [SHARE, FULL, replace(SHARE, tma=True), replace(FULL, tma=True)]
+TILES = [SHARE, FULL, replace(SHARE, tma=True), replace(FULL, tma=True, programs=2)]
 # gpt-oss: out_features, in_features, bias, residual, out's dtype
 QKV = (5120, 2880, True, False, torch.bfloat16)
 OUTPUT = (2880, 4096, True, True, torch.bfloat16)
@@ -186,6 +186,7 @@ def test_gpu_no_tile_changes_a_bit():
     ]
     if torch.cuda.get_device_capability() >= (9, 0):
         tiles += [replace(tile, tma=True) for tile in tiles]
+        tiles += [replace(tile, programs=7) for tile in tiles[5:]]
         tiles += [replace(tile, early=True) for tile in (tiles[0], tiles[5])]
     for tile in tiles:
         assert torch.equal(layer.run(tile=tile), whole), tile

@@ -57,6 +57,7 @@ class LinearTuneRow:
     num_stages: int | None = None
     group_m: int | None = None
     tma: bool | None = None
+    programs: int | None = None
     early: bool | None = None
 
 
@@ -116,33 +117,69 @@ def _tune_after_norms(layer: Layer, calls: Calls, tile: LinearTile) -> Iterator[
 def candidates(problem: LinearProblem) -> list[LinearTile]:
     """Tiles worth a try, and first the one chosen without."""
     chosen = choose(problem)
-    tiles = [chosen]
-    if problem.num_tokens <= 128:
-        m, rows = chosen.block_m, chosen.rows
-        if rows < 64 and m <= 32:
-            tiles += [LinearTile(m, 64, rows, 64, 4, s) for s in (8, 12)]
-            tiles += [LinearTile(m, 64, rows, 128, 4, s) for s in (5, 8)]
-            tiles += [LinearTile(m, 64, rows, 256, 4, 4), LinearTile(m, 64, rows // 2, 128, 4, 4)]
-            tiles += [LinearTile(m, 64, 64, 128, 4, 8)]
-        elif rows < 64:
-            tiles += [LinearTile(m, 64, rows, 64, 4, 6), LinearTile(m, 64, 64, 64, 4, 6)]
-            tiles += [LinearTile(m, 64, 64, 128, 4, 4), LinearTile(m // 2, 64, rows, 128, 4, 4)]
-            tiles += [LinearTile(m, 128, 128, 64, 8, 4), LinearTile(64, 128, 2 * rows, 64, 8, 4)]
-        elif m <= 32:
-            tiles += [LinearTile(m, 64, 64, 128, 4, s) for s in (3, 4, 8)]
-            tiles += [LinearTile(m, 64, 64, 256, 4, 3), LinearTile(m, 128, 128, 64, 4, 4)]
-            tiles += [LinearTile(m, 128, 128, 128, 8, 3)]
-        else:
-            tiles += [LinearTile(m, 128, 128, 64, 8, 3), LinearTile(m, 64, 64, 64, 4, 4)]
-            tiles += [LinearTile(m, 128, 128, 128, 8, 3), LinearTile(m, 256, 256, 64, 8, 4)]
+    many_rows = chosen.rows >= 64
+    if problem.num_tokens > 128:
+        tiles = _for_many_tokens()
+    elif many_rows:
+        tiles = _for_many_rows(chosen.block_m)
     else:
-        tiles += [LinearTile(128, 128, 128, 64, 8, s, 8) for s in (3, 4)]
-        tiles += [LinearTile(128, 128, 128, 64, 4, 3, 8), LinearTile(256, 64, 64, 64, 4, 4, 8)]
-        tiles += [LinearTile(256, 128, 128, 64, 8, s, 8) for s in (3, 4)]
-        tiles += [LinearTile(128, 256, 256, 64, 8, 4, 8), LinearTile(256, 128, 128, 64, 8, 4, 16)]
-    tiles += [replace(t, tma=True) for t in tiles if tma_fits(problem, t.rows, t.block_n)]
-    tiles = [t for t in tiles if _shared_memory(t) <= problem.shared_memory - 1024]
-    return list(dict.fromkeys(tiles))
+        tiles = _for_few_tokens(chosen.block_m, chosen.rows)
+    by_tma = [replace(t, tma=True) for t in tiles if tma_fits(problem, t.rows, t.block_n)]
+    if many_rows:
+        by_tma += [
+            replace(t, programs=n * problem.num_sms)
+            for t in by_tma
+            for n in (1, 2)
+            if n * _shared_memory(t) <= problem.shared_memory
+        ]
+    fitting = [t for t in tiles + by_tma if _shared_memory(t) <= problem.shared_memory - 1024]
+    return list(dict.fromkeys([chosen, *fitting]))
+
+
+def _for_few_tokens(m: int, rows: int) -> list[LinearTile]:
+    if m <= 32:
+        return [
+            *(LinearTile(m, 64, rows, 64, 4, s) for s in (8, 12)),
+            *(LinearTile(m, 64, rows, 128, 4, s) for s in (5, 8)),
+            LinearTile(m, 64, rows, 256, 4, 4),
+            LinearTile(m, 64, rows // 2, 128, 4, 4),
+            LinearTile(m, 64, 64, 128, 4, 8),
+        ]
+    return [
+        LinearTile(m, 64, rows, 64, 4, 6),
+        LinearTile(m, 64, rows, 128, 4, 4),
+        LinearTile(m // 2, 64, rows, 128, 4, 4),
+        LinearTile(m, 64, 64, 64, 4, 6),
+        LinearTile(m, 64, 64, 128, 4, 4),
+        LinearTile(m, 128, 128, 64, 8, 4),
+        LinearTile(64, 128, 2 * rows, 64, 8, 4),
+    ]
+
+
+def _for_many_rows(m: int) -> list[LinearTile]:
+    if m <= 32:
+        return [
+            *(LinearTile(m, 64, 64, 128, 4, s) for s in (4, 8)),
+            LinearTile(m, 64, 64, 256, 4, 3),
+            LinearTile(m, 128, 128, 64, 4, 4),
+            LinearTile(m, 128, 128, 128, 8, 5),
+        ]
+    return [
+        LinearTile(m, 64, 64, 64, 4, 4),
+        *(LinearTile(m, 128, 128, 64, 8, s) for s in (3, 6)),
+        LinearTile(m, 256, 256, 64, 8, 4),
+    ]
+
+
+def _for_many_tokens() -> list[LinearTile]:
+    return [
+        LinearTile(128, 64, 64, 64, 4, 4, 8),
+        LinearTile(128, 128, 128, 64, 4, 3, 8),
+        *(LinearTile(128, 128, 128, 64, 8, s, 8) for s in (3, 5)),
+        *(LinearTile(256, 128, 128, 64, 8, s, 8) for s in (3, 4)),
+        LinearTile(256, 128, 128, 64, 8, 4, 16),
+        LinearTile(128, 256, 256, 64, 8, 4, 8),
+    ]
 
 
 def fastest(rows: Sequence[LinearTuneRow]) -> list[LinearTuneRow]:
@@ -207,7 +244,8 @@ def _after_norms(
 
 
 def _shared_memory(tile: LinearTile) -> int:
-    return (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages + 1024
+    stages = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages
+    return stages + (tile.block_m * tile.block_n if tile.programs else 0)
 
 
 def compile_tiles(

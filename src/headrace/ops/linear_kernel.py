@@ -26,6 +26,77 @@ from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
 from headrace.ops.prefetch_kernel import prefetch, prefetch_share, prefetchable
 
 
+@triton.jit
+def _block_of_tile(tile, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """Its blocks of tokens and of rows: GROUP_M blocks of tokens go through all rows together."""
+    group = tile // (blocks_n * GROUP_M)
+    group_blocks = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    in_group = tile - group * blocks_n * GROUP_M
+    return group * GROUP_M + in_group % group_blocks, in_group // group_blocks
+
+
+@triton.jit
+def _compute_tile(
+    block_m,
+    block_n,
+    x_ptr,
+    weight_ptr,
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_tokens,
+    out_features,
+    in_features,
+    EVEN_K: tl.constexpr,
+    TERMS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token, row = block_m * BLOCK_M, block_n * ROWS
+    n = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    n_mask = n < tl.minimum(ROWS, out_features - row)
+    m_mask = m < num_tokens - token
+    mask = n_mask[:, None] & m_mask[None, :]
+    place = (token + m).to(tl.int64)[None, :] * out_features + (row + n)[:, None]
+    if TERMS_FIRST and bias_ptr is not None:
+        bias = tl.load(bias_ptr + row + n, mask=n_mask, other=0.0)
+    if TERMS_FIRST and residual_ptr is not None:
+        residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
+    w_ptrs = weight_ptr + row.to(tl.int64) * in_features + n[:, None] * in_features + k[None, :]
+    x_ptrs = x_ptr + token.to(tl.int64) * in_features + m[None, :] * in_features + k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        if x_desc is not None:
+            if ROWS < BLOCK_N:
+                w = weight_desc.load([block_n, 0, start]).reshape(BLOCK_N, BLOCK_K)
+            else:
+                w = weight_desc.load([row, start])
+            x = x_desc.load([token, start]).T
+        elif EVEN_K:
+            w = tl.load(w_ptrs + start, mask=n_mask[:, None], other=0.0)
+            x = tl.load(x_ptrs + start, mask=m_mask[None, :], other=0.0)
+        else:
+            in_k = k < in_features - start
+            w = tl.load(w_ptrs + start, mask=n_mask[:, None] & in_k[None, :], other=0.0)
+            x = tl.load(x_ptrs + start, mask=m_mask[None, :] & in_k[:, None], other=0.0)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    if bias_ptr is not None:
+        if not TERMS_FIRST:
+            bias = tl.load(bias_ptr + row + n, mask=n_mask, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        if not TERMS_FIRST:
+            residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x_ptr,  # [num_tokens, in_features]
@@ -35,78 +106,52 @@ def linear_kernel(
     bias_ptr,  # [out_features], or None
     residual_ptr,  # [num_tokens, out_features], or None
     out_ptr,  # [num_tokens, out_features]; may be residual
-    next_ptr,  # weights to bring into L2 at the end, or None
+    next_ptr,  # weights to bring into L2, or None
     num_tokens,
     out_features,
     in_features,
     next_bytes,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    PERSISTENT: tl.constexpr,  # a program computes tile after tile
     BLOCK_M: tl.constexpr,  # tokens
     BLOCK_N: tl.constexpr,  # height of the tile
     ROWS: tl.constexpr,  # rows of the weight in it
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # blocks of tokens that share weights while they are in L2
 ):
-    """out[m, n] = sum_k w[n, k] x[m, k] + bias[n] + residual[m, n]: BLOCK_M of m, ROWS of n."""
+    """out[m, n] = sum_k w[n, k] x[m, k] + bias[n] + residual[m, n]: tiles of BLOCK_M x ROWS."""
     blocks_m = tl.cdiv(num_tokens, BLOCK_M)
     blocks_n = tl.cdiv(out_features, ROWS)
-    pid = tl.program_id(0)
-    group = pid // (blocks_n * GROUP_M)
-    group_blocks = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-    in_group = pid - group * blocks_n * GROUP_M
-    pid_m = group * GROUP_M + in_group % group_blocks
-    pid_n = in_group // group_blocks
-
-    row = pid_n * ROWS
-    rows = tl.minimum(ROWS, out_features - row)
-    if EARLY:
-        prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
-        gdc_wait()
-    first_m = pid_m * BLOCK_M
-    n = tl.arange(0, BLOCK_N)
-    n_mask = n < rows
-    m = tl.arange(0, BLOCK_M)
-    m_mask = m < num_tokens - first_m
-    k = tl.arange(0, BLOCK_K)
-    w_ptrs = weight_ptr + row.to(tl.int64) * in_features + n[:, None] * in_features + k[None, :]
-    x_ptrs = x_ptr + first_m.to(tl.int64) * in_features + m[None, :] * in_features + k[:, None]
-    first = first_m.to(tl.int64) * out_features + row
-    place = m[None, :] * out_features + n[:, None]
-    mask = n_mask[:, None] & m_mask[None, :]
-    # read here, where registers allow: at the end, the wait for memory would show
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + row + n, mask=n_mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None and BLOCK_M <= 32:
-        residual = tl.load(residual_ptr + first + place, mask=mask, other=0.0)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, in_features, BLOCK_K):
-        if x_desc is not None:
-            if ROWS < BLOCK_N:
-                w = weight_desc.load([pid_n, 0, start]).reshape(BLOCK_N, BLOCK_K)
-            else:
-                w = weight_desc.load([row, start])
-            x = x_desc.load([first_m, start]).T
-        elif EVEN_K:
-            w = tl.load(w_ptrs + start, mask=n_mask[:, None], other=0.0)
-            x = tl.load(x_ptrs + start, mask=m_mask[None, :], other=0.0)
-        else:
-            in_k = k < in_features - start
-            w = tl.load(w_ptrs + start, mask=n_mask[:, None] & in_k[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, mask=m_mask[None, :] & in_k[:, None], other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-    if EARLY:
-        gdc_launch_dependents()
+    if PERSISTENT:
+        # flattened: the first loads of a tile are under way while the one before it is stored
+        for tile in tl.range(
+            tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=True
+        ):
+            block_m, block_n = _block_of_tile(tile, blocks_m, blocks_n, GROUP_M)
+            _compute_tile(
+                block_m, block_n, x_ptr, weight_ptr, x_desc, weight_desc, bias_ptr, residual_ptr,
+                out_ptr, num_tokens, out_features, in_features, EVEN_K, False,
+                BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
+            )  # fmt: skip
+    else:
+        block_m, block_n = _block_of_tile(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
+        if EARLY:
+            row = block_n * ROWS
+            rows = tl.minimum(ROWS, out_features - row)
+            prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
+            gdc_wait()
+        # bias and residual before all else, where registers allow: at the end, the wait for
+        # memory would show
+        _compute_tile(
+            block_m, block_n, x_ptr, weight_ptr, x_desc, weight_desc, bias_ptr, residual_ptr,
+            out_ptr, num_tokens, out_features, in_features, EVEN_K, BLOCK_M <= 32,
+            BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
+        )  # fmt: skip
+        if EARLY:
+            gdc_launch_dependents()
     if next_ptr is not None:
         prefetch_share(next_ptr, next_bytes)
-
-    if bias_ptr is not None:
-        acc += bias[:, None]
-    if residual_ptr is not None:
-        if BLOCK_M > 32:
-            residual = tl.load(residual_ptr + first + place, mask=mask, other=0.0)
-        acc += residual.to(tl.float32)
-    tl.store(out_ptr + first + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(
@@ -130,8 +175,8 @@ def linear(
     tile = tile or choose(_problem(x, weight))
     x_desc, weight_desc = _descriptors(x, weight, tile) if tile.tma else (None, None)
     next_weight = prefetchable(next_weight)
-    blocks = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
-    linear_kernel[(blocks,)](
+    tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
+    linear_kernel[(min(tiles, tile.programs or tiles),)](
         x,
         weight,
         x_desc,
@@ -145,6 +190,7 @@ def linear(
         0 if next_weight is None else next_weight.nbytes,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
         EARLY=tile.early,
+        PERSISTENT=tile.programs > 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         ROWS=tile.rows,

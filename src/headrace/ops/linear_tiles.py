@@ -32,13 +32,22 @@ class LinearTile:
     num_stages: int  # steps over K whose loads are under way
     group_m: int = 1  # blocks of tokens that share weights while they are in L2
     tma: bool = False  # sm_90; see `tma_fits`
+    programs: int = 0  # with tma: so many compute tile after tile; 0: one a tile
     early: bool = False  # sm_90: start, and ask for the weights, before the kernel before ends
 
 
 def choose(problem: LinearProblem) -> LinearTile:
     """The tile for one problem."""
-    tile = _for_arithmetic(problem) if problem.num_tokens > 128 else _for_bandwidth(problem)
-    return replace(tile, tma=problem.has_tma and tma_fits(problem, tile.rows, tile.block_n))
+    if problem.num_tokens > 128:
+        return _for_arithmetic(problem)
+    # Few tokens wait for the weights: every SM takes an equal share of the rows. A multiple of 8
+    # rows keeps the stores 16 bytes wide.
+    rows = _cdiv(_cdiv(problem.out_features, problem.num_sms), 8) * 8
+    block_m = max(16, _power_of_2(problem.num_tokens))
+    if rows > 64:
+        return _for_streaming(problem, block_m)
+    tile = LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8)
+    return _fitted(problem, tile, programs_per_sm=1, persistent=False)
 
 
 def tma_fits(problem: LinearProblem, rows: int, block_n: int) -> bool:
@@ -46,36 +55,41 @@ def tma_fits(problem: LinearProblem, rows: int, block_n: int) -> bool:
     return problem.in_features % 8 == 0 and (rows == block_n or problem.out_features % rows == 0)
 
 
-def _for_bandwidth(problem: LinearProblem) -> LinearTile:
-    """Few tokens wait for the weights: every SM takes an equal share of the rows.
-
-    A multiple of 8 rows keeps the stores 16 bytes wide. Where there are many rows, two programs
-    share an SM: one loads while the other starts or ends.
-    """
-    block_m = max(16, _power_of_2(problem.num_tokens))
-    rows = _cdiv(_cdiv(problem.out_features, problem.num_sms), 8) * 8
-    if rows <= 64:
-        return _fitted(problem, LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8))
+def _for_streaming(problem: LinearProblem, block_m: int) -> LinearTile:
+    """Few tokens and many rows, as in the LM head: tile after tile, the loads never pause."""
     if block_m <= 32:
-        return _fitted(problem, LinearTile(block_m, 64, 64, 128, 4, 4), programs_per_sm=2)
-    return _fitted(problem, LinearTile(block_m, 128, 128, 64, 8, 4), programs_per_sm=2)
+        tile = LinearTile(block_m, 64, 64, 128, num_warps=4, num_stages=8)
+        return _fitted(problem, tile, programs_per_sm=2)
+    if problem.has_tma:  # a tall tile reads x less often
+        return _fitted(problem, LinearTile(block_m, 256, 256, 64, num_warps=8, num_stages=8))
+    tile = LinearTile(block_m, 128, 128, 64, num_warps=8, num_stages=4)
+    return _fitted(problem, tile, programs_per_sm=2)
 
 
 def _for_arithmetic(problem: LinearProblem) -> LinearTile:
     """Many tokens wait for the arithmetic: the largest tile that gives all SMs work twice over."""
-    programs = _cdiv(problem.num_tokens, 256) * _cdiv(problem.out_features, 128)
-    if programs >= 2 * problem.num_sms and problem.shared_memory > 160 * 1024:
-        return _fitted(problem, LinearTile(256, 128, 128, 64, num_warps=8, num_stages=4, group_m=8))
+    tiles = _cdiv(problem.num_tokens, 256) * _cdiv(problem.out_features, 128)
+    if tiles >= 2 * problem.num_sms and problem.has_tma:  # without, registers do not suffice
+        tile = LinearTile(256, 128, 128, 64, num_warps=8, num_stages=4, group_m=8)
+        return _fitted(problem, tile)
     tile = LinearTile(128, 128, 128, 64, num_warps=8, num_stages=4, group_m=8)
-    return _fitted(problem, tile, programs_per_sm=2)
+    return _fitted(problem, tile)
 
 
-def _fitted(problem: LinearProblem, tile: LinearTile, programs_per_sm: int = 1) -> LinearTile:
-    """As many stages as asked for, or fewer if shared memory holds no more."""
-    # each program has 1 KiB for the system, and its barriers
-    left = (problem.shared_memory - 1024) // programs_per_sm - 1024
-    stages = left // ((tile.block_m + tile.block_n) * tile.block_k * 2)
-    return replace(tile, num_stages=max(2, min(tile.num_stages, stages)))
+def _fitted(
+    problem: LinearProblem, tile: LinearTile, programs_per_sm: int = 1, persistent: bool = True
+) -> LinearTile:
+    """With TMA where it can read; with the stages asked for, or fewer if memory holds no more."""
+    tma = problem.has_tma and tma_fits(problem, tile.rows, tile.block_n)
+    programs = programs_per_sm * problem.num_sms if tma and persistent else 0
+    # each program has 1 KiB for the system, and its barriers; a persistent one stores a tile
+    # through memory of its own
+    memory = (problem.shared_memory - 1024) // programs_per_sm - 1024
+    if programs:
+        memory -= max(4096, tile.block_m * tile.block_n)
+    stages = memory // ((tile.block_m + tile.block_n) * tile.block_k * 2)
+    num_stages = max(2, min(tile.num_stages, stages))
+    return replace(tile, num_stages=num_stages, tma=tma, programs=programs)
 
 
 def _cdiv(a: int, b: int) -> int:
