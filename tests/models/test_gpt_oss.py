@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor
 
 from headrace.models import Model, load_model
-from headrace.models.gpt_oss import GptOss, LayerWeights
 from headrace.models.weights import write_checkpoint
 from headrace.ops import dispatch
-from headrace.ops.mxfp4 import MXFP4Weight
-from headrace.ops.mxfp4_kernel import RowOrder, prepare
 from tests.checkpoints import YARN, random_checkpoint, random_tensors, tiny_config
+from tests.models.half import in_half
 from tests.oracles import openai_logits, transformers_logits
 from tests.paged import PagedSequences, generate_greedily, logits_of
 
@@ -221,34 +218,6 @@ def test_bfloat16_with_packed_experts_is_near_float32(tmp_path: Path) -> None:
     a, b = logits_of(exact, prompt()), logits_of(rounded, prompt())
     assert (a - b).square().mean().sqrt() < 0.1 * a.std()
     assert (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.9
-
-
-def in_half(model: GptOss) -> GptOss:
-    """The model in float16 with experts in the GPU's layout; the interpreter has no bfloat16."""
-    weights = model.weights
-
-    def half(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.half() if value.is_floating_point() else value
-        if is_dataclass(value) and not isinstance(value, type):
-            changes = {f.name: half(getattr(value, f.name)) for f in fields(value)}
-            return replace(value, **changes)
-        return value
-
-    def for_gpu(layer: LayerWeights) -> LayerWeights:
-        experts = layer.moe.experts
-        assert isinstance(experts.gate_up, MXFP4Weight)
-        assert isinstance(experts.down, MXFP4Weight)
-        pairs, plain = RowOrder.INTERLEAVED, RowOrder.PLAIN
-        prepared = replace(
-            experts,
-            gate_up=prepare(experts.gate_up.blocks, experts.gate_up.scales, pairs),
-            down=prepare(experts.down.blocks, experts.down.scales, plain),
-        )
-        return replace(layer, moe=replace(layer.moe, experts=prepared))
-
-    layers = tuple(half(for_gpu(layer)) for layer in weights.layers)
-    return GptOss(model.config, half(replace(weights, layers=layers)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU only")

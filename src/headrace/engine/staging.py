@@ -54,6 +54,9 @@ class Staging:
 
     def copy(self, array: np.ndarray, to: Tensor) -> None:
         """Copy one more array of the step to the front of a tensor on the device."""
+        if self._device.type == "cpu":
+            to[: array.size].copy_(torch.from_numpy(array))
+            return
         begin, host = self._end, self._hosts[0]
         self._end = _starts([begin, array.nbytes])[-1]
         _fill(host, begin, array)
