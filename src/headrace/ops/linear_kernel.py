@@ -123,6 +123,12 @@ def linear_kernel(
     """out[m, n] = sum_k w[n, k] x[m, k] + bias[n] + residual[m, n]: tiles of BLOCK_M x ROWS."""
     blocks_m = tl.cdiv(num_tokens, BLOCK_M)
     blocks_n = tl.cdiv(out_features, ROWS)
+    block_m, block_n = _block_of_tile(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
+    if EARLY:
+        row = block_n * ROWS
+        rows = tl.minimum(ROWS, out_features - row)
+        prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
+        gdc_wait()
     if PERSISTENT:
         # flattened: the first loads of a tile are under way while the one before it is stored
         for tile in tl.range(
@@ -135,12 +141,6 @@ def linear_kernel(
                 BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
             )  # fmt: skip
     else:
-        block_m, block_n = _block_of_tile(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
-        if EARLY:
-            row = block_n * ROWS
-            rows = tl.minimum(ROWS, out_features - row)
-            prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
-            gdc_wait()
         # bias and residual before all else, where registers allow: at the end, the wait for
         # memory would show
         _compute_tile(
@@ -148,8 +148,8 @@ def linear_kernel(
             out_ptr, num_tokens, out_features, in_features, EVEN_K, BLOCK_M <= 32,
             BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
         )  # fmt: skip
-        if EARLY:
-            gdc_launch_dependents()
+    if EARLY:
+        gdc_launch_dependents()
     if next_ptr is not None:
         prefetch_share(next_ptr, next_bytes)
 
