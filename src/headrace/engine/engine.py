@@ -74,7 +74,7 @@ class Engine:
         warmed = WarmUp(0, 0, 0.0)
         if on_gpu:
             with phases("kernels"):
-                warmed = warm_up(self.runner.dry_run, self.model.device)
+                warmed = warm_up(self._dry_run, self.model.device)
             with phases("graphs"):
                 self.runner.capture()
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
@@ -86,6 +86,11 @@ class Engine:
         self._arrivals = count()
         self._num_steps = 0
         self._iteration_tokens: list[int] = []
+
+    def _dry_run(self) -> None:
+        """Launch every kernel of steps and of sampling, for whoever watches."""
+        self.runner.dry_run()
+        self.sampler.dry_run()
 
     def _make_cache(self) -> None:
         """Pages for all the memory that is left, and the runner that fills them."""
