@@ -98,6 +98,13 @@ def _level_bound(level, largest):
 
 
 @triton.jit
+def _limits(draw, top_k_ptr, top_p_ptr, vocab):
+    """top_k, 0 if it keeps all, and top_p."""
+    top_k = tl.load(top_k_ptr + draw)
+    return tl.where(top_k < vocab, top_k, 0), tl.load(top_p_ptr + draw)
+
+
+@triton.jit
 def _target(top_p, total):
     """The mass that top_p asks for; at least one token's."""
     wanted = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
@@ -212,10 +219,10 @@ def candidates_kernel(
     """Write one chunk's tokens over the row's level, in their order, unless they are too many."""
     chunk = tl.program_id(0)
     draw = tl.program_id(1)
+    top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
     level, size, _, _ = _choose_level(
-        draw, tl.load(top_k_ptr + draw), tl.load(top_p_ptr + draw),
-        level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS,
-    )  # fmt: skip
+        draw, top_k, top_p, level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS
+    )
     if size <= MAX_CANDIDATES:
         chunks = tl.arange(0, CHUNKS)
         earlier = level_counts_ptr + (draw * LEVELS + level) * num_chunks + chunks
@@ -336,8 +343,7 @@ def search_kernel(
 ):
     """Order and token of the last one that top_k and top_p keep, of one row."""
     draw = tl.program_id(0)
-    top_k = tl.load(top_k_ptr + draw)
-    top_p = tl.load(top_p_ptr + draw)
+    top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
     row, temperature, largest, floor = _draw_params(
         draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
     )
