@@ -51,7 +51,7 @@ def serve(connection: Connection, num_chunks: int, gap: float) -> None:
 
 async def load(port: int, num_streams: int) -> int:
     """Read all streams at once; return how many chunks came."""
-    async with Client(f"http://127.0.0.1:{port}", "/v1/completions", False, {}, "") as client:
+    async with Client(f"http://127.0.0.1:{port}/v1/completions", False, {}) as client:
         sample = Sample([1], 1, 1)
         outcomes = await asyncio.gather(*(client.send(sample, "m") for _ in range(num_streams)))
     assert all(o.succeeded for o in outcomes), outcomes[0].error

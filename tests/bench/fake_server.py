@@ -32,9 +32,11 @@ Script = Callable[[int, dict[str, Any]], "list[bytes] | AsyncIterator[bytes] | w
 class FakeServer:
     """Answers request i with script(i, body): pieces of a stream, each sent on its own."""
 
-    def __init__(self, script: Script, models: tuple[dict[str, Any], ...] = ({"id": "m"},)) -> None:
+    def __init__(
+        self, script: Script, models: tuple[dict[str, Any], ...] = ({"id": "m"},), status: int = 200
+    ) -> None:
         self._script = script
-        self._models = models
+        self._models, self._status = models, status
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.num_open = self.most_open = 0
@@ -65,7 +67,7 @@ class FakeServer:
         await runner.cleanup()
 
     async def _list_models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": list(self._models)})
+        return web.json_response({"data": list(self._models)}, status=self._status)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -17,11 +17,12 @@ SAMPLE = Sample([1, 2, 3], 3, 5)
 async def send(script: Script, chat: bool = False, **fields: Any) -> tuple[Outcome, FakeServer]:
     with FakeServer(script) as server:
         path = "/v1/chat/completions" if chat else "/v1/completions"
-        async with Client(server.url, path, chat, fields, "secret") as client:
+        async with Client(server.url + path, chat, fields) as client:
             return await client.send(SAMPLE, "m"), server
 
 
-async def test_a_completion() -> None:
+async def test_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
     outcome, server = await send(lambda i, body: completion(4), temperature=0.0)
     assert outcome.succeeded
     assert len(outcome.chunk_times) == 4
@@ -100,7 +101,7 @@ async def test_a_connection_that_breaks() -> None:
 
 
 async def test_no_server() -> None:
-    async with Client("http://127.0.0.1:9", "/v1/completions", False, {}, "") as client:
+    async with Client("http://127.0.0.1:9/v1/completions", False, {}) as client:
         assert "Cannot connect" in (await client.send(SAMPLE, "m")).error
 
 

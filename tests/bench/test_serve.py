@@ -164,6 +164,12 @@ def test_a_server_that_is_not_there() -> None:
     assert "can't reach a server at http://127.0.0.1:9" in str(result.exception)
 
 
+@pytest.mark.parametrize(("status", "reason"), [(401, "OPENAI_API_KEY"), (503, "503")])
+def test_a_server_that_does_not_list_its_models(status: int, reason: str) -> None:
+    with FakeServer(answer_all, status=status) as server:
+        assert reason in str(bench(server).exception)
+
+
 def test_the_tokenizer_is_found_where_the_model_lies() -> None:
     models = ({"id": "tiny", "root": str(BUNDLED_MODEL)},)
     with FakeServer(answer_all, models) as server:

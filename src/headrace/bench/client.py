@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from headrace.bench.datasets import Sample
+from headrace.bench.model_list import api_headers
 
 CONNECT_TIMEOUT = 30  # seconds; an answer itself may take any time
 MAX_REASON = 300  # characters of an error that are kept
@@ -85,19 +86,16 @@ class Outcome:
 class Client:
     """Sends requests to one endpoint and reads their streams."""
 
-    def __init__(
-        self, url: str, path: str, is_chat: bool, fields: dict[str, Any], key: str
-    ) -> None:
-        self._endpoint = url + path
+    def __init__(self, endpoint: str, is_chat: bool, fields: dict[str, Any]) -> None:
+        self._endpoint = endpoint
         self._is_chat = is_chat
         self._fields = fields
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-            headers=self._headers,
+            headers=api_headers(),
             trust_env=True,
         )
         return self

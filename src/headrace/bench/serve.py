@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -15,18 +14,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 import headrace
-from headrace.bench.client import Client, Outcome, reason
+from headrace.bench.client import Client, Outcome
 from headrace.bench.datasets import Sample, load_samples
+from headrace.bench.model_list import choose_model, find_tokenizer, wait_for_models
 from headrace.bench.plots import need_matplotlib, plot_run
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.bench.serve_metrics import Summary, Timeline, summarize, table
-from headrace.config import ConfigError
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 
 REASONS_SHOWN = 10
@@ -50,8 +48,8 @@ def run_serve(config: ServeBenchConfig) -> int:
     if config.plot:
         need_matplotlib()
     run = asyncio.run(measure(config))
-    print(table(run.summary, config.metrics, config.percentiles, config.max_concurrency,
-                config.request_rate))  # fmt: skip
+    shown = config.metrics, config.percentiles, config.max_concurrency, config.request_rate
+    print(table(run.summary, *shown))
     print_failures(run.outcomes)
     path = result_path(config, run.model, datetime.now())
     if config.save_result or config.save_detailed:
@@ -64,14 +62,12 @@ def run_serve(config: ServeBenchConfig) -> int:
 
 async def measure(config: ServeBenchConfig) -> Run:
     """Find the model, make the prompts, warm up, send the load."""
-    key = os.environ.get("OPENAI_API_KEY", "")
-    models = await wait_for_models(config, key)
-    model = choose_model(config, models)
-    tokenizer = load_tokenizer(tokenizer_dir(config, models))
+    models = await wait_for_models(config.url, config.ready_check_timeout_sec)
+    model = choose_model(models, config.model, config.lora_modules)
+    tokenizer = load_tokenizer(config.tokenizer or find_tokenizer(models, model))
     samples = load_samples(config, tokenizer)
     chosen = assign_models(config, model, len(samples))
-    client = Client(config.url, config.path, config.is_chat, config.extra_fields, key)
-    async with client:
+    async with Client(config.url + config.path, config.is_chat, config.extra_fields) as client:
         warmups = [samples[0]] * config.num_warmups
         await send_all(client, warmups, [model] * len(warmups), None, config, "warming up")
         delays = arrivals(len(samples), config.request_rate, config.burstiness, config.seed)
@@ -81,53 +77,6 @@ async def measure(config: ServeBenchConfig) -> Run:
     timelines = [timeline(o, tokenizer) for o in outcomes if o.succeeded]
     summary = summarize(timelines, len(outcomes) - len(timelines), duration, config.goals)
     return Run(model, outcomes, timelines, summary)
-
-
-async def wait_for_models(config: ServeBenchConfig, key: str) -> list[dict[str, Any]]:
-    """Return the server's list of models, within --ready-check-timeout-sec.
-
-    A server without /v1/models has an empty list; one that can't be reached is a ConfigError.
-    """
-    deadline = time.monotonic() + config.ready_check_timeout_sec
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with aiohttp.ClientSession(headers=headers, trust_env=True) as session:
-        while True:
-            try:
-                async with session.get(config.url + "/v1/models") as response:
-                    if response.status in (401, 403):
-                        said = reason(await response.read())
-                        raise ConfigError(f"{config.url}: {said} (set OPENAI_API_KEY)")
-                    if response.status < 500:
-                        listed = await response.json(content_type=None) if response.ok else {}
-                        return list(listed["data"]) if "data" in listed else []
-                    problem = f"HTTP {response.status}"
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                problem = str(error)
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"can't reach a server at {config.url}: {problem}")
-            await asyncio.sleep(0.2)
-
-
-def choose_model(config: ServeBenchConfig, models: Sequence[dict[str, Any]]) -> str:
-    """Return the base model's name; raise ConfigError for names that the server doesn't list."""
-    names = [str(m.get("id")) for m in models]
-    if not config.model and not names:
-        raise ConfigError(f"{config.url} lists no models; give --model NAME")
-    for flag_name, name in [("--model", config.model), *(("--lora-modules", m) for m in
-                                                        config.lora_modules)]:  # fmt: skip
-        if name and names and name not in names:
-            raise ConfigError(f"{flag_name} {name}: the server has only {', '.join(names)}")
-    return config.model or names[0]
-
-
-def tokenizer_dir(config: ServeBenchConfig, models: Sequence[dict[str, Any]]) -> Path:
-    """Find the tokenizer: as told, or in the directory that the server says the model lies in."""
-    if config.tokenizer is not None:
-        return config.tokenizer
-    for root in (m.get("root") for m in models if config.model in ("", m.get("id"))):
-        if root and Path(root).is_dir():
-            return Path(root)
-    raise ConfigError("give --tokenizer DIR: the server doesn't say where its model lies")
 
 
 def assign_models(config: ServeBenchConfig, model: str, num_prompts: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 import headrace
-from headrace.bench.serve import choose_model, wait_for_models
-from headrace.bench.serve_config import ServeBenchConfig
+from headrace.bench.model_list import choose_model, wait_for_models
 from headrace.bench.server_process import lora_flags, running_server
 from headrace.engine.adapters import parse_module
 from headrace.eval.config import EvalConfig
@@ -72,6 +70,5 @@ def server(checkpoint: Path, config: EvalConfig) -> Iterator[tuple[str, list[str
             flags = lora_flags(config.lora_modules)
             url = stack.enter_context(running_server(checkpoint, flags, START_TIMEOUT))
             adapters = tuple(parse_module(module)[0] for module in config.lora_modules)
-        names = ServeBenchConfig(base_url=url, model=config.model, lora_modules=adapters)
-        listed = asyncio.run(wait_for_models(names, os.environ.get("OPENAI_API_KEY", "")))
-        yield url, [choose_model(names, listed), *adapters]
+        models = asyncio.run(wait_for_models(url))
+        yield url, [choose_model(models, config.model, adapters), *adapters]
