@@ -20,7 +20,7 @@ from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
            "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
-           "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "memory": "*bf16",
+           "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "sum": "*bf16", "memory": "*bf16",
            "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
@@ -60,14 +60,25 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
 
 LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_ptr", "scale_ptr",
                "part_stride", "max_rank"]
+NEXT_MATMUL = ["next_words_ptr", "next_scales_ptr", "next_tiles_n", "next_tiles_k",
+               "next_tile_bytes"]
+TOKEN_SUM = ["sum_ptr", "residual_ptr", "expert_ids_ptr", "counters_ptr", "num_tokens",
+             "first_expert", "num_local"]
 
-def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False):
+def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False, fused=False):
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
-        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=max(16, 1024 // block_m))
+        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=max(16, 1024 // block_m),
+        NUM_COUNTERS=64 if fused and first else 0, EARLY=fused and capability == 90)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
+    if not (fused and first and capability == 90):
+        constants |= dict.fromkeys(NEXT_MATMUL)
+    if not (fused and first):
+        constants |= {"next_counters_ptr": None}
+    if not fused or first:
+        constants |= dict.fromkeys(TOKEN_SUM)
     return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
                           stages, weight="*i32" if mxfp4 else "*bf16")
 
@@ -83,6 +94,8 @@ def lora_kernels(capability):
     results = {}
     for first in (True, False):
         results[f"mxfp4 lora 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True)
+        results[f"mxfp4 fused 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True,
+                                                   True)
         results[f"mxfp4 lora 64 {first}"] = matmul(capability, True, first, 64, 128, 8, 3, True)
     for experts in (True, False):
         results[f"shrink 16 {experts}"] = shrink(capability, experts, 16, 16, 256)
@@ -99,25 +112,29 @@ def lora_kernels(capability):
                                           dict(BLOCK_R=64), 2)
     return results
 
-def linear(capability, num_tokens, out_features, in_features, out="*bf16", has_tma=True):
+def linear(capability, num_tokens, out_features, in_features, has_tma, lm_head=False):
     shared_memory = (227 if capability == 90 else 163) * 1024
     tile = choose(LinearProblem(num_tokens, out_features, in_features, 132, shared_memory, has_tma))
-    constants = dict(EVEN_K=False, EARLY=has_tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+    constants = dict(EVEN_K=False, EARLY=has_tma, PERSISTENT=tile.programs > 0,
+                     BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                      ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)
     if not tile.tma:
         constants |= dict.fromkeys(["x_desc", "weight_desc", "next_ptr"])
+    if lm_head:
+        constants |= dict.fromkeys(["bias_ptr", "residual_ptr"])
     first = "1, " if tile.rows < tile.block_n else ""
     return compile_kernel(
         linear_kernel.linear_kernel, capability, constants, tile.num_warps, tile.num_stages,
-        out=out, next="*bf16", x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
+        out="*fp32" if lm_head else "*bf16", next="*bf16",
+        x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
         weight_desc=f"tensordesc<bf16[{first}{tile.block_n}, {tile.block_k}]>")
 
 def linear_kernels(capability):
     results = {}
     for tma in (False, True) if capability == 90 else (False,):
         for m in (1, 8192):
-            results[f"bf16 linear {m} {tma}"] = linear(capability, m, 5120, 2880, has_tma=tma)
-    results["bf16 lm_head"] = linear(capability, 128, 201088, 2880, "*fp32", capability == 90)
+            results[f"bf16 linear {m} {tma}"] = linear(capability, m, 5120, 2880, tma)
+    results["bf16 lm_head"] = linear(capability, 128, 201088, 2880, capability == 90, True)
     return results
 
 SAMPLING = {
@@ -160,12 +177,16 @@ def all_kernels(capability):
                                      | ({} if capability == 90 else {"next_ptr": None}), 8,
                                      next="*bf16")
     for experts in (32, 128):
-        for split, chunks in ((True, 1), (True, 8), (False, 1)):  # to 16, to 128 tokens, beyond
+        for split, chunks in ((True, 1), (True, 8), (False, 8)):  # to 16, to 128 tokens, beyond
             results[f"router {experts} {split} {chunks}"] = compile_kernel(
                 routing_kernel.router_kernel, capability,
                 dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, EXPERTS=experts, BLOCK_T=16,
                      SLICE_K=256, BLOCK_K=64, SPLIT=split, ONE_CHUNK=split and chunks == 1,
-                     BLOCK_M=16, CHUNKS=chunks, SLOTS=64 * chunks, residual_ptr=None), 8)
+                     BLOCK_M=16, CHUNKS=8, SLOTS=512, residual_ptr=None), 8)
+        results[f"choose {experts}"] = compile_kernel(
+            routing_kernel.choose_kernel, capability,
+            dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SPLIT=True,
+                 ONE_CHUNK=False, BLOCK_M=16, CHUNKS=8, SLOTS=512), 8, logits="*fp32")
         results[f"place {experts}"] = compile_kernel(
             sort_kernel.place_kernel, capability,
             dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)
@@ -205,6 +226,6 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         assert kernel[other] == 0
         assert kernel["wide_copies"] > 0  # 16 bytes a thread
     # three programs of the decode kernel on an SM, so that their loads overlap
-    for name in ("mxfp4 16 True", "mxfp4 lora 16 True", "mxfp4 lora 16 False"):
-        assert kernels[name]["registers"] <= 128
-        assert kernels[name]["shared"] * 3 <= shared_limit
+    for name in ("16 True", "lora 16 True", "lora 16 False", "fused 16 True", "fused 16 False"):
+        assert kernels[f"mxfp4 {name}"]["registers"] <= 128
+        assert kernels[f"mxfp4 {name}"]["shared"] * 3 <= shared_limit

@@ -1,12 +1,20 @@
 """Routing against float64, on the GPU and at small sizes through Triton's interpreter."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from headrace.ops import routing_kernel
-from headrace.ops.routing_kernel import route, router_gemm
+from headrace.ops.routing import RoutingBuffers, routing_counters
+from headrace.ops.routing_kernel import choose, route, route_logits, router_gemm
+from tests.ops.test_sort_kernel import check_sorted
 
 gpu = pytest.mark.gpu
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
 
 
 class Router:
@@ -17,22 +25,30 @@ class Router:
         self.weight = (torch.randn(num_experts, hidden, device=device) * 0.05).to(dtype)
         self.bias = torch.randn(num_experts, device=device).to(dtype)
 
-    def normed(self, summed):
+    def normed(self, summed: Tensor) -> Tensor:
         x = summed.double()
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
         return x * scale * self.norm.double()
 
-    def logits(self, normed):
-        return normed.double() @ self.weight.double().T + self.bias.double()
+    def logits(self, normed: Tensor) -> Tensor:
+        bias = 0 if self.bias is None else self.bias.double()
+        return normed.double() @ self.weight.double().T + bias
 
-    def run(self, x, residual, top_k, block_m=16, **options):
-        local = options.get("local")
+    def buffers(self, x, top_k, block_m=16, local=None) -> RoutingBuffers:
+        """All of them full of what must not be read."""
         buffers = routing_kernel.allocate(
             *x.shape, len(self.weight), top_k, block_m, x.dtype, x.device,
             num_local=len(local) if local else None,
         )  # fmt: skip
-        buffers.sorted.slots.fill_(-7)
-        buffers.sorted.blocks.fill_(-7)
+        for name in ("normed", "summed", "partials", "logits", "expert_weights"):
+            getattr(buffers, name).fill_(float("nan"))
+        written = (buffers.sorted.slots, buffers.sorted.blocks, buffers.ranks, buffers.histograms)
+        for part in (*written, buffers.expert_ids):
+            part.fill_(-7)
+        return buffers
+
+    def run(self, x, residual, top_k, block_m=16, **options) -> tuple[Tensor, RoutingBuffers]:
+        buffers = self.buffers(x, top_k, block_m, options.get("local"))
         summed = route(
             x, residual, self.norm, 1e-5, self.weight, self.bias, buffers, block_m, **options
         )
@@ -50,34 +66,21 @@ def check_top_k(router, buffers, renormalize=True):
     torch.testing.assert_close(buffers.expert_weights.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def check_sort(buffers, block_m, local):
-    ids = buffers.expert_ids.flatten().tolist()
-    held = [s for s in range(len(ids)) if ids[s] in local]
-    expected = sorted(held, key=lambda slot: (ids[slot], slot))
-    assert buffers.sorted.slots.tolist()[: len(expected)] == expected
-    rows = []
-    for expert, start, end, _ in buffers.sorted.blocks.tolist():
-        if expert >= 0:
-            assert 0 < end - start <= block_m
-            assert {ids[expected[r]] for r in range(start, end)} == {expert + local.start}
-            rows += range(start, end)
-    assert rows == list(range(len(expected)))
-
-
 def check(
     router, num_tokens, hidden, top_k, block_m=16, device="cuda", dtype=torch.bfloat16, **options
 ):
     x, residual = (torch.randn(num_tokens, hidden, device=device).to(dtype) for _ in range(2))
+    residual = residual if options.pop("add", True) else None
     summed, buffers = router.run(x, residual, top_k, block_m, **options)
-    assert torch.equal(summed, x + residual)
+    assert torch.equal(summed, x if residual is None else x + residual)
     error = (buffers.normed.double() - router.normed(summed)).abs().max()
     assert error < (0.02 if dtype == torch.bfloat16 else 1e-5)
     check_top_k(router, buffers, options.get("renormalize", True))
-    check_sort(buffers, block_m, options.get("local") or range(len(router.weight)))
+    local = options.get("local") or range(len(router.weight))
+    check_sorted(buffers, buffers.expert_ids, block_m, local)
     assert not buffers.counters.any()
 
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
 CPU = {"device": "cpu", "dtype": torch.float32}
 
 
@@ -85,37 +88,133 @@ CPU = {"device": "cpu", "dtype": torch.float32}
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "options"),
     [
-        (1, 4, {}),
-        (35, 3, {"renormalize": False}),
-        (20, 8, {"local": range(5, 11)}),
-        (700, 1, {}),  # more slots than one program sorts
-        (300, 2, {"local": range(5)}),
+        (1, 4, {"add": False}),
+        (16, 8, {"local": range(5, 11)}),
+        (35, 3, {"renormalize": False}),  # more than one chunk of tokens
+        (100, 2, {"local": range(5)}),
+        (145, 1, {}),  # one program for all slices
+        (130, 4, {"local": range(5), "add": False}),
     ],
 )
 def test_interpreted_routing(num_tokens, top_k, options):
-    check(Router(12, 200, **CPU), num_tokens, 200, top_k, **CPU, **options)
+    check(Router(12, 300, **CPU), num_tokens, 300, top_k, **CPU, **options)
 
 
 @interpreted
 def test_interpreted_ties_and_empty_batch():
     router = Router(12, 200, **CPU)
     router.weight.zero_()
-    router.bias.zero_()
+    router.bias = None
     _, buffers = router.run(torch.randn(3, 200), None, 4)
     assert buffers.expert_ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert buffers.expert_weights.tolist() == [[0.25] * 4] * 3
     summed, _ = router.run(torch.zeros(0, 200), None, 4)
     assert summed.shape == (0, 200)
 
 
 @interpreted
 def test_interpreted_router_gemm():
-    router, x = Router(12, 200, **CPU), torch.randn(18, 200)
-    buffers = routing_kernel.allocate(18, 200, 12, 4, 16, torch.float32, "cpu")
+    router, x = Router(12, 300, **CPU), torch.randn(18, 300)
+    buffers = router.buffers(x, 4)
     out = torch.full((18, 12), float("nan"))
-    router_gemm(x, router.weight, router.bias, buffers, out)
+    assert router_gemm(x, router.weight, router.bias, buffers, out) is out
     torch.testing.assert_close(out.double(), router.logits(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="out has shape"):
-        router_gemm(x, router.weight, router.bias, buffers, out[:17])
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [5, 40, 133])
+def test_interpreted_halves_are_the_whole(num_tokens):
+    halves_are_the_whole(Router(12, 300, **CPU), torch.randn(num_tokens, 300))
+
+
+def halves_are_the_whole(router: Router, x: Tensor) -> None:
+    _, whole = router.run(x, None, 4)
+    buffers = router.buffers(x, 4)
+    logits = route_logits(x, router.norm, 1e-5, router.weight, router.bias, buffers)
+    torch.testing.assert_close(logits.double(), router.logits(whole.normed), rtol=1e-4, atol=1e-4)
+    choose(buffers, 16)
+    assert torch.equal(buffers.normed, whole.normed)
+    assert torch.equal(buffers.expert_ids, whole.expert_ids)
+    assert torch.equal(buffers.expert_weights, whole.expert_weights)
+    assert torch.equal(buffers.sorted.slots, whole.sorted.slots)
+    assert not buffers.counters.any()
+    # and what is added between them decides
+    logits[3] += torch.arange(12, device=x.device).roll(5).repeat(11)[: logits.shape[1]] * 100
+    before = logits[3].clone()
+    choose(buffers, 16)
+    assert (
+        buffers.expert_ids[3].tolist() == before.argsort(descending=True, stable=True)[:4].tolist()
+    )
+
+
+@interpreted
+def test_interpreted_a_row_of_nan_does_no_harm():
+    rows_of_nan_do_no_harm(Router(12, 300, **CPU), torch.randn(20, 300))
+
+
+def rows_of_nan_do_no_harm(router: Router, x: Tensor) -> None:
+    """Every token keeps top_k different experts that exist; the others keep their bits."""
+    _, good = router.run(x, None, 4)
+    x = x.clone()
+    x[7, 100] = float("nan")
+    _, buffers = router.run(x, None, 4)
+    check_sorted(buffers, buffers.expert_ids, 16, range(len(router.weight)))
+    for row in buffers.expert_ids.tolist():
+        assert len(set(row)) == 4
+        assert 0 <= min(row) <= max(row) < len(router.weight)
+    others = [token for token in range(len(x)) if token != 7]
+    assert torch.equal(buffers.expert_weights[others], good.expert_weights[others])
+    assert torch.equal(buffers.expert_ids[others], good.expert_ids[others])
+
+
+def wrong_calls() -> dict[str, tuple[dict, str]]:
+    x = torch.zeros(20, 64)
+    buffers = routing_kernel.allocate(20, 64, 8, 4, 16, torch.float32, "cpu")
+    other = routing_kernel.allocate(19, 64, 8, 4, 16, torch.float32, "cpu")
+    too_many = routing_kernel.allocate(20, 64, 8, 9, 16, torch.float32, "cpu")
+    return {
+        "rank": ({"x": x[0]}, r"x has shape \(64,\)"),
+        "stride": ({"x": torch.zeros(64, 20).T}, r"x has shape \(20, 64\), strides \(1, 20\)"),
+        "hidden": ({"router_weight": torch.zeros(8, 60)}, r"router weight has shape \(8, 60\)"),
+        "dtype": ({"router_weight": torch.zeros(8, 64).half()}, "router weight is torch.float16"),
+        "bias": ({"router_bias": torch.zeros(9)}, r"router bias has shape \(9,\)"),
+        "norm": ({"norm_weight": torch.zeros(1, 64)}, r"norm weight has shape \(1, 64\)"),
+        "residual": ({"residual": torch.zeros(20, 63)}, r"residual has shape \(20, 63\)"),
+        "buffers": ({"buffers": other}, r"buffers.normed has shape \(19, 64\)"),
+        "top_k": ({"buffers": too_many}, "buffers are for the 9 best experts; there are 8"),
+        "local": ({"local": range(6, 9)}, r"local is range\(6, 9\); pass a range within the 8"),
+        "blocks": ({"block_m": 8}, r"buffers have 12 blocks.* need 17"),
+        "counters": (
+            {"buffers": replace(buffers, counters=routing_counters(16, "cpu"))},
+            "counters are for 16 tokens",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_calls())
+def test_what_does_not_fit_is_named(name):
+    change, message = wrong_calls()[name]
+    arguments = {
+        "x": torch.zeros(20, 64),
+        "residual": None,
+        "norm_weight": torch.zeros(64),
+        "eps": 1e-5,
+        "router_weight": torch.zeros(8, 64),
+        "router_bias": torch.zeros(8),
+        "buffers": routing_kernel.allocate(20, 64, 8, 4, 16, torch.float32, "cpu"),
+        "block_m": 16,
+    }
+    with pytest.raises(ValueError, match=message):
+        route(**(arguments | change))
+
+
+def test_wrong_logits_are_named():
+    buffers = routing_kernel.allocate(20, 64, 8, 4, 16, torch.float32, "cpu")
+    x, weight = torch.zeros(20, 64), torch.zeros(8, 64)
+    with pytest.raises(ValueError, match=r"out has shape \(19, 8\)"):
+        router_gemm(x, weight, None, buffers, torch.zeros(19, 8))
+    with pytest.raises(ValueError, match=r"out is torch.float64; pass torch.float32"):
+        router_gemm(x, weight, None, buffers, torch.zeros(20, 8).double())
 
 
 @gpu
@@ -137,10 +236,12 @@ def test_top_k(top_k, renormalize):
 @pytest.mark.parametrize("num_experts", [8, 32, 64])
 def test_sizes(hidden, num_experts):
     check(Router(num_experts, hidden), 8, hidden, 2)
+    if num_experts == 64:
+        check(Router(num_experts, hidden), 150, hidden, 2, add=False)
 
 
 @gpu
-@pytest.mark.parametrize("num_tokens", [5, 300])
+@pytest.mark.parametrize("num_tokens", [5, 60, 300])
 @pytest.mark.parametrize("local", [range(8), range(24, 32)])
 def test_a_slice_of_the_experts(num_tokens, local):
     check(Router(32, 2880), num_tokens, 2880, 4, local=local)
@@ -151,9 +252,10 @@ def test_ties_go_to_the_lower_expert():
     router = Router(32, 2880)
     router.weight.zero_()
     router.bias.zero_()
-    x = torch.randn(20, 2880, device="cuda").bfloat16()
-    _, buffers = router.run(x, None, 4)
-    assert buffers.expert_ids.tolist() == [[0, 1, 2, 3]] * 20
+    for num_tokens in (1, 20, 200):
+        x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+        _, buffers = router.run(x, None, 4)
+        assert buffers.expert_ids.tolist() == [[0, 1, 2, 3]] * num_tokens
 
 
 @gpu
@@ -162,18 +264,36 @@ def test_a_token_has_the_same_bits_in_every_batch(num_experts):
     router = Router(num_experts, 2880)
     x = torch.randn(8192, 2880, device="cuda").bfloat16()
     _, whole = router.run(x, None, 4)
-    for size in (1, 2, 5, 8, 16, 33, 64, 100, 127, 128, 129, 500, 1024, 4000):
+    for size in (1, 2, 5, 8, 15, 16, 17, 33, 64, 100, 127, 128, 129, 145, 500, 1024, 4000):
         rows = torch.randperm(8192, device="cuda")[:size]
         _, part = router.run(x[rows], None, 4)
+        assert torch.equal(part.normed, whole.normed[rows]), size
         assert torch.equal(part.expert_weights, whole.expert_weights[rows]), size
         assert torch.equal(part.expert_ids, whole.expert_ids[rows]), size
 
 
 @gpu
-def test_router_gemm():
-    router = Router(128, 2880)
-    x = torch.randn(100, 2880, device="cuda").bfloat16()
-    buffers = routing_kernel.allocate(100, 2880, 128, 4, 16, torch.bfloat16, "cuda")
-    out = torch.full((100, 128), float("nan"), device="cuda")
-    router_gemm(x, router.weight, router.bias, buffers, out)
-    torch.testing.assert_close(out.double(), router.logits(x), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("num_tokens", [5, 40, 133, 1000])
+@pytest.mark.parametrize("num_experts", [32, 128])
+def test_halves_are_the_whole(num_tokens, num_experts):
+    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+    halves_are_the_whole(Router(num_experts, 2880), x)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [9, 100, 300])
+def test_a_row_of_nan_does_no_harm(num_tokens):
+    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+    rows_of_nan_do_no_harm(Router(32, 2880), x)
+
+
+@gpu
+@pytest.mark.parametrize("hidden", [360, 720, 1440, 2880])
+@pytest.mark.parametrize("num_experts", [32, 64, 128])
+def test_router_gemm(hidden, num_experts):
+    router = Router(num_experts, hidden)
+    for num_tokens in (1, 2, 4, 8, 100, 500 if hidden == 2880 else 3):
+        x = torch.randn(num_tokens, hidden, device="cuda").bfloat16()
+        out = torch.full((num_tokens, num_experts), float("nan"), device="cuda")
+        router_gemm(x, router.weight, router.bias, router.buffers(x, 4), out)
+        torch.testing.assert_close(out.double(), router.logits(x), rtol=1e-4, atol=1e-4)

@@ -481,11 +481,12 @@ def _launch_router(
 
 def _sort_sizes(num_tokens: int, top_k: int) -> dict[str, int]:
     """How much of the sort the router's own programs do: all of it for one group of chunks."""
-    chunks = triton.cdiv(num_tokens, BLOCK_T)
-    split = chunks <= GROUP_CHUNKS
-    group = triton.next_power_of_2(chunks) if split else 1
-    slots = triton.next_power_of_2(group * BLOCK_T * max(top_k, 1))
-    return {"SPLIT": split, "ONE_CHUNK": chunks == 1, "CHUNKS": group, "SLOTS": slots}
+    return {
+        "SPLIT": num_tokens <= BLOCK_T * GROUP_CHUNKS,
+        "ONE_CHUNK": num_tokens <= BLOCK_T and top_k > 0,
+        "CHUNKS": GROUP_CHUNKS,
+        "SLOTS": triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * max(top_k, 1)),
+    }
 
 
 def _place_if_many(buffers: RoutingBuffers, block_m: int, local: range) -> None:
