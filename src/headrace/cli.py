@@ -13,6 +13,7 @@ from headrace import __version__
 from headrace.bench.commands import app as bench_app
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.flags import with_configs
+from headrace.lora.commands import app as lora_app
 
 BUNDLED_MODEL = Path(__file__).parent / "data" / "tiny"
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(lora_app, name="lora")
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def read_adapter(
 
     Raises ConfigError naming every field or tensor that can't be applied, and the reason.
     """
-    config = parse_peft_config(_config_fields(path))
+    config = parse_peft_config(config_fields(path))
     try:
         with _open(path) as file:
             reader = _Reader(file, config, {t.key: t for t in targets}, base, max_rank)
@@ -269,7 +269,8 @@ def _dense_key(module: str) -> str:
     return f"{module}.weight" if module.endswith(".mlp.router") else module
 
 
-def _config_fields(path: Path) -> dict[str, Any]:
+def config_fields(path: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json. Raises AdapterNotFoundError if there is no directory."""
     if not path.is_dir():
         raise AdapterNotFoundError(f"No adapter found for {path}: it is not a directory")
     return read_json(path / CONFIG_NAME)
