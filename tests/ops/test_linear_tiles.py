@@ -14,14 +14,18 @@ def test_the_tile_fits(num_tokens, out_features, shared_memory):
     assert tile.block_n >= 64
     assert 0 < tile.rows <= tile.block_n
     assert tile.num_stages >= 2
-    stage = (tile.block_m + tile.block_n) * tile.block_k * 2
-    assert stage * tile.num_stages < shared_memory
+    stages = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages
+    to_store = tile.block_m * tile.block_n if tile.programs else 0  # float32, in four parts
+    programs_per_sm = max(1, tile.programs // 132)
+    assert (stages + to_store) * programs_per_sm < shared_memory
 
 
 def test_few_tokens_use_every_sm_once():
     for out_features in (5120, 2880):
-        tile = choose(LinearProblem(1, out_features, 2880))
-        assert 0.9 * 132 < out_features / tile.rows <= 132
+        for num_tokens in (1, 64, 128):
+            tile = choose(LinearProblem(num_tokens, out_features, 2880))
+            programs = out_features / tile.rows * -(-num_tokens // tile.block_m)
+            assert 0.9 * 132 < programs <= 132
 
 
 def test_tma_only_where_it_can_read():

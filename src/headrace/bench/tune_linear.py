@@ -116,14 +116,15 @@ def _tune_after_norms(layer: Layer, calls: Calls, tile: LinearTile) -> Iterator[
 
 def candidates(problem: LinearProblem) -> list[LinearTile]:
     """Tiles worth a try, and first the one chosen without."""
-    chosen = choose(problem)
-    many_rows = chosen.rows >= 64
+    m = max(16, 1 << (problem.num_tokens - 1).bit_length())
+    rows = -(-problem.out_features // (8 * problem.num_sms)) * 8  # of an SM, if all have as many
+    many_rows = problem.num_tokens > 128 or rows > 64
     if problem.num_tokens > 128:
         tiles = _for_many_tokens()
     elif many_rows:
-        tiles = _for_many_rows(chosen.block_m)
+        tiles = _for_many_rows(m)
     else:
-        tiles = _for_few_tokens(chosen.block_m, chosen.rows)
+        tiles = _for_few_tokens(m, rows)
     by_tma = [replace(t, tma=True) for t in tiles if tma_fits(problem, t.rows, t.block_n)]
     if many_rows:
         by_tma += [
@@ -133,7 +134,7 @@ def candidates(problem: LinearProblem) -> list[LinearTile]:
             if n * _shared_memory(t) <= problem.shared_memory
         ]
     fitting = [t for t in tiles + by_tma if _shared_memory(t) <= problem.shared_memory - 1024]
-    return list(dict.fromkeys([chosen, *fitting]))
+    return list(dict.fromkeys([choose(problem), *fitting]))
 
 
 def _for_few_tokens(m: int, rows: int) -> list[LinearTile]:
@@ -151,8 +152,7 @@ def _for_few_tokens(m: int, rows: int) -> list[LinearTile]:
         LinearTile(m // 2, 64, rows, 128, 4, 4),
         LinearTile(m, 64, 64, 64, 4, 6),
         LinearTile(m, 64, 64, 128, 4, 4),
-        LinearTile(m, 128, 128, 64, 8, 4),
-        LinearTile(64, 128, 2 * rows, 64, 8, 4),
+        *(LinearTile(64, 128, 2 * rows, 64, 8, s) for s in (4, 8)),
     ]
 
 

@@ -218,11 +218,12 @@ def _problem(x: Tensor, weight: Tensor) -> LinearProblem:
     if not x.is_cuda:
         return problem
     gpu = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     return replace(
         problem,
         num_sms=gpu["multiprocessor_count"],
         shared_memory=gpu["max_shared_mem"],
-        has_tma=torch.cuda.get_device_capability(x.device) >= (9, 0),
+        has_tma=aligned and torch.cuda.get_device_capability(x.device) >= (9, 0),
     )
 
 

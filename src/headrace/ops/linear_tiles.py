@@ -19,6 +19,11 @@ class LinearProblem:
     shared_memory: int = 227 * 1024  # bytes that one program can have
     has_tma: bool = True
 
+    @property
+    def large_tiles(self) -> bool:
+        """Whether 128 x 256 fits: loads by TMA spare registers."""
+        return self.has_tma and self.shared_memory > 160 * 1024
+
 
 @dataclass(frozen=True)
 class LinearTile:
@@ -46,8 +51,11 @@ def choose(problem: LinearProblem) -> LinearTile:
     block_m = max(16, _power_of_2(problem.num_tokens))
     if rows > 64:
         return _for_streaming(problem, block_m)
-    tile = LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8)
-    return _fitted(problem, tile, programs_per_sm=1, persistent=False)
+    if block_m <= 64:
+        tile = LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8)
+    else:  # nearer to a square: a program reads block_m + rows rows of in_features
+        tile = LinearTile(64, 128, 2 * rows, 64, num_warps=8, num_stages=8)
+    return _fitted(problem, tile, persistent=False)
 
 
 def tma_fits(problem: LinearProblem, rows: int, block_n: int) -> bool:
@@ -60,20 +68,15 @@ def _for_streaming(problem: LinearProblem, block_m: int) -> LinearTile:
     if block_m <= 32:
         tile = LinearTile(block_m, 64, 64, 128, num_warps=4, num_stages=8)
         return _fitted(problem, tile, programs_per_sm=2)
-    if problem.has_tma:  # a tall tile reads x less often
-        return _fitted(problem, LinearTile(block_m, 256, 256, 64, num_warps=8, num_stages=8))
-    tile = LinearTile(block_m, 128, 128, 64, num_warps=8, num_stages=4)
-    return _fitted(problem, tile, programs_per_sm=2)
+    rows = 256 if problem.large_tiles else 128  # the taller, the less often is x read
+    return _fitted(problem, LinearTile(block_m, rows, rows, 64, num_warps=8, num_stages=8))
 
 
 def _for_arithmetic(problem: LinearProblem) -> LinearTile:
     """Many tokens wait for the arithmetic: the largest tile that gives all SMs work twice over."""
     tiles = _cdiv(problem.num_tokens, 256) * _cdiv(problem.out_features, 128)
-    if tiles >= 2 * problem.num_sms and problem.has_tma:  # without, registers do not suffice
-        tile = LinearTile(256, 128, 128, 64, num_warps=8, num_stages=4, group_m=8)
-        return _fitted(problem, tile)
-    tile = LinearTile(128, 128, 128, 64, num_warps=8, num_stages=4, group_m=8)
-    return _fitted(problem, tile)
+    block_m = 256 if problem.large_tiles and tiles >= 2 * problem.num_sms else 128
+    return _fitted(problem, LinearTile(block_m, 128, 128, 64, 8, num_stages=4, group_m=8))
 
 
 def _fitted(
