@@ -7,6 +7,7 @@ is LLVM and ptxas, which leave Python's other threads alone: a pool of threads i
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,13 +78,14 @@ def _compile_mode(pool: ThreadPoolExecutor) -> Any:
 
 @contextmanager
 def nothing_launched() -> Iterator[None]:
-    """Every launch of a Triton kernel compiles it, and ends there."""
+    """Every launch of a Triton kernel by this thread compiles it, and ends there."""
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
+    run, thread = JITFunction.run, threading.get_ident()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        ends_there = warmup or threading.get_ident() == thread
+        return run(self, *args, grid=grid, warmup=ends_there, **kwargs)
 
     JITFunction.run = compile_only
     try:
