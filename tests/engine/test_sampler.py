@@ -271,7 +271,7 @@ def test_the_gpu_agrees_without_waiting() -> None:
     late.sample(on_device[0].clone(), late.prepare(batch)).read()  # compiles; counts a token
     for r in batch:
         late.release(r)
-    expected, found = [], []
+    found = []
     torch.cuda.set_sync_debug_mode("error")
     try:
         for logits in on_device:

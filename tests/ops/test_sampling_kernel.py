@@ -141,7 +141,7 @@ def test_rows_with_little_to_choose_from() -> None:
     logits[4, 100] = 0.0
     params = [(1.0, 0.1, 0.5, 7), (1.0, 0, 0.9, 50), (1.0, 0, 0.9, 0), (2.0, 0, 1, 2)]
     draws = make_draws([*params, (0.1, 0, 1, 0), (1.0, 0, 1, 0)], [0, 1, 2, 3, 4, 5], "cpu")
-    for u in (0.0, 0.3, 0.75, 1 - 2**-32):
+    for u in (0.0, 0.75, 1 - 2**-32):
         uniform = torch.full((6,), u, dtype=torch.float64)
         tokens = check(logits, draws, uniform).tolist()
         assert tokens[0] == 4999
@@ -167,7 +167,7 @@ def test_broken_logits_still_give_a_valid_token(value: float) -> None:
 
 @interpreted
 def test_draws_are_the_inverse_of_the_cumulative_distribution() -> None:
-    count, vocab = 64, 13
+    count, vocab = 48, 13
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 2
     logits[0, [0, 6, 12]] = -torch.inf
     draws = make_draws([(1.5, 0, 1, 0)] * count, list(range(count)), "cpu")
