@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from headrace.models import Model, load_model
+from headrace.ops import dispatch
 from tests.checkpoints import random_checkpoint
 from tests.lora.adapted import AdaptedModel, read
 from tests.lora.peft_adapters import ATTENTION, EXPERTS, peft_logits, peft_model, save
+from tests.lora.random_adapters import random_adapter
+from tests.models.half import in_half
 from tests.paged import PagedSequences, logits_of
 
 TOLERANCE = 2e-4  # logits have a deviation of 2
@@ -98,3 +101,25 @@ def test_a_row_has_the_same_bits_beside_any_other_adapter(
     for logits, slot in zip(together.split(len(TOKENS)), adapted.slot_of_seq, strict=True):
         assert torch.equal(logits, alone[slot + 1])
     assert not torch.equal(alone[1], alone[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU only")
+def test_the_kernels_add_what_the_reference_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole step in Triton's interpreter: rows of an adapter on everything, and of none."""
+    path = random_checkpoint(tmp_path, seed=1, num_hidden_layers=1, num_local_experts=3)
+    exact, half = load_model(path), in_half(load_model(path, dtype="bfloat16"))
+    adapter = read(exact, random_adapter(tmp_path / "adapter", path, 0, everything=True))
+    found = []
+    for model in (exact, half):
+        adapted = AdaptedModel(model, adapter)
+        adapted.slot_of_seq = [0, -1]
+        rows = {0: TOKENS[:9], 1: TOKENS[9:12]}
+        found.append(PagedSequences(adapted, 2, block_size=8).step(rows, [8, 11]).clone())
+        monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    monkeypatch.undo()
+    expected, got = found
+    assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()
+    base = logits_of(exact, TOKENS[:9])[-1]
+    assert (expected[0] - base).square().mean().sqrt() > 0.2 * expected.std()
