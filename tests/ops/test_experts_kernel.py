@@ -1,11 +1,19 @@
 """The expert matmuls against float64 on the dequantized weights, here and on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from headrace.ops import experts_kernel, mxfp4, routing_kernel, sort_kernel
 from headrace.ops.experts import Activation
-from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
+from headrace.ops.experts_kernel import (
+    Ahead,
+    DenseWeight,
+    TokenSum,
+    grouped_matmul,
+    sum_counters,
+)
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
 from headrace.ops.tiles import MoETiles, Problem, Tile, choose
 
@@ -84,15 +92,26 @@ def run_layer(
     h = x.new_full((ids.numel(), gate_up.out_features // 2), float("nan"))
     y = x.new_full((ids.numel(), x.shape[1]), float("nan"))
     out = torch.full_like(x, float("nan"))
+    ahead = token_sum = None
+    if tiles.sum_in_down:
+        counters = sum_counters(like(x), x.shape[1], tiles.down)
+        ahead = Ahead(counters, down if tiles.ahead_bytes else None, tiles.ahead_bytes)
+        token_sum = TokenSum(ids, local, residual, out, counters)
     experts_kernel.grouped_matmul(
         x, gate_up, biases[0], slots, tiles.gate_up, h, top_k, True,
-        activation=Activation.SWIGLU_OAI, low_rank=shrink and shrink(0, x, slots),
+        activation=Activation.SWIGLU_OAI, low_rank=shrink and shrink(0, x, slots), ahead=ahead,
     )  # fmt: skip
     experts_kernel.grouped_matmul(
         h, down, biases[1], slots, tiles.down, y, top_k, False, slot_weights=weights.view(-1),
-        low_rank=shrink and shrink(1, h, slots),
+        low_rank=shrink and shrink(1, h, slots), token_sum=token_sum,
     )  # fmt: skip
+    if token_sum:
+        return out
     return experts_kernel.weighted_sum(y, ids, local, residual, out)
+
+
+def like(x):
+    return lambda shape, dtype: x.new_full(shape, 77, dtype=dtype)
 
 
 def routing(num_tokens, num_experts, top_k, device, kind="spread"):
@@ -157,6 +176,24 @@ def test_interpreted_wide_tiles(order):
     tile = Tile(32, 128, 256)
     weights = Weights(3, 352, 160, "cpu", order)
     check(weights, 5, MoETiles(tile, tile), top_k=2, device="cpu", **TIGHT)
+
+
+@interpreted
+@pytest.mark.parametrize(("num_tokens", "kind"), [(1, "spread"), (6, "remote")])
+def test_interpreted_sum_in_the_second_matmul(num_tokens, kind):
+    weights = Weights(6, 160, 96, "cpu")
+    x, residual = torch.randn(num_tokens, 160), torch.randn(num_tokens, 160)
+    ids, routing_weights = routing(num_tokens, 6, 2, "cpu", kind)
+    biases = (weights.gate_up_bias.float(), weights.down_bias.float())
+    tile = Tile(16, 64)
+    apart, fused = MoETiles(tile, tile), MoETiles(tile, tile, sum_in_down=True)
+    call = (x, ids, routing_weights, weights.kernel_weights(), biases)
+    out = run_layer(*call, fused, 6, residual)
+    assert torch.equal(out, run_layer(*call, apart, 6, residual))
+    expected = weights.reference(x, ids, routing_weights) + residual.double()
+    largest, rms = errors(out, expected)
+    assert largest < TIGHT["largest"]
+    assert rms < TIGHT["rms"]
 
 
 @interpreted
@@ -282,6 +319,24 @@ def test_a_token_has_the_same_bits_in_every_batch(small):
         rows = torch.randperm(8192, device="cuda")[:size]
         rows[size // 2] = 4321
         assert torch.equal(run(rows)[size // 2], alone), size
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 33])
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("ahead_bytes", [0, 4096, 23 * 4096])
+def test_fused_launches_give_the_same_bits(small, num_tokens, early, ahead_bytes):
+    """The sum in the second matmul, its weights brought into L2, its launch before the end."""
+    x, residual = (torch.randn(num_tokens, 2880, device="cuda").bfloat16() for _ in "12")
+    ids, weights = routing(num_tokens, 32, 4, "cuda", "remote" if num_tokens == 33 else "spread")
+    biases = (small.gate_up_bias, small.down_bias)
+    call = (x, ids, weights, small.kernel_weights(), biases)
+    tile = Tile(16, 64, num_stages=5)
+    apart = run_layer(*call, MoETiles(tile, tile), 32, residual)
+    early_tile = replace(tile, early=early)
+    fused = MoETiles(early_tile, early_tile, ahead_bytes, sum_in_down=True)
+    for _ in range(5):
+        assert torch.equal(run_layer(*call, fused, 32, residual), apart)
 
 
 @gpu

@@ -13,10 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops.arena import Take
 from headrace.ops.experts import Activation
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
+from headrace.ops.prefetch_kernel import prefetch
 from headrace.ops.routing import SortedSlots
 from headrace.ops.tiles import Tile
 
@@ -68,7 +71,155 @@ def _activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     return gate * tl.sigmoid(alpha * gate) * (up + 1.0)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "weight_factor", "alpha", "limit"])
+@triton.jit
+def _mxfp4_product(
+    x_ptrs,  # [BLOCK_K, BLOCK_M]
+    row_mask,
+    weight_ptr,
+    scales_ptr,
+    expert,
+    tile_n,  # [BLOCK_N / 64]
+    out_features,
+    in_features,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W x, [BLOCK_N, BLOCK_M] float32, too small by 2 ** exponent."""
+    TILES_N: tl.constexpr = tile_n.shape[0]
+    UNITS_K: tl.constexpr = BLOCK_K // 64
+    offs_k = tl.arange(0, BLOCK_K)
+    tiles_n = tl.cdiv(out_features, 64)
+    tiles_k = tl.cdiv(in_features, 128)
+    # a tile past the end reads the last one again: its rows are masked when stored
+    tile = expert.to(tl.int64) * tiles_n + tl.minimum(tile_n, tiles_n - 1)
+    first_word = (tile * tiles_k * 1024)[:, None, None]
+    unit = tl.arange(0, UNITS_K)[None, :, None]
+    word_ptrs = weight_ptr + first_word + unit * 512 + tl.arange(0, 512)[None, None, :]
+    first_scale = (tile * tiles_k * 64)[:, None, None]
+    half = tl.arange(0, UNITS_K // 2)[None, :, None]
+    scale_ptrs = scales_ptr + first_scale + half * 64 + tl.arange(0, 64)[None, None, :]
+    acc = tl.zeros([TILES_N * 64, BLOCK_M], tl.float32)
+    for step in range(tl.cdiv(in_features, BLOCK_K)):
+        if UNITS_K == 2:
+            words = tl.load(word_ptrs)
+            scales = tl.load(scale_ptrs)
+        else:
+            words = tl.load(word_ptrs, mask=unit < tiles_k * 2 - step * UNITS_K, other=0)
+            in_scales = half < tiles_k - step * (UNITS_K // 2)
+            scales = tl.load(scale_ptrs, mask=in_scales, other=0)
+        in_k = offs_k[:, None] < in_features - step * BLOCK_K
+        x = tl.load(x_ptrs, mask=in_k & row_mask[None, :], other=0.0)
+        w = decode_tile(words, scales, TILES_N, UNITS_K, x.dtype, PTX)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        word_ptrs += UNITS_K * 512
+        scale_ptrs += UNITS_K // 2 * 64
+        x_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _dense_product(
+    x_ptrs,  # [BLOCK_K, BLOCK_M]
+    row_mask,
+    weight_ptr,  # [num_experts, out_features, in_features]
+    expert,
+    weight_row,  # [BLOCK_N]
+    out_features,
+    in_features,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W x, [BLOCK_N, BLOCK_M] float32."""
+    offs_k = tl.arange(0, BLOCK_K)
+    weight_row = tl.minimum(weight_row, out_features - 1)
+    first = expert.to(tl.int64) * out_features * in_features
+    w_ptrs = weight_ptr + first + weight_row[:, None] * in_features + offs_k[None, :]
+    acc = tl.zeros([weight_row.shape[0], BLOCK_M], tl.float32)
+    for step in range(tl.cdiv(in_features, BLOCK_K)):
+        left = in_features - step * BLOCK_K
+        x = tl.load(x_ptrs, mask=(offs_k[:, None] < left) & row_mask[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=offs_k[None, :] < left, other=0.0)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def _prefetch_next(
+    words_ptr,
+    scales_ptr,
+    expert,
+    pid_n,
+    programs_n,
+    tiles_n,
+    tiles_k,
+    tile_bytes,
+):
+    """Bring the first tile_bytes of each of the expert's tiles into L2, this program's share."""
+    for tile in range(pid_n, tiles_n, programs_n):
+        first = (expert.to(tl.int64) * tiles_n + tile) * tiles_k
+        prefetch(words_ptr + first * 1024, tile_bytes)
+        prefetch(scales_ptr + first * 64, tile_bytes // 16)
+
+
+@triton.jit
+def _sum_slots(
+    y_ptr,  # [num_tokens * TOP_K, hidden], already times the routing weights
+    expert_ids_ptr,  # [num_tokens, TOP_K] int32
+    residual_ptr,  # [num_tokens, hidden] or None
+    out_ptr,  # [num_tokens, hidden]
+    token,  # [T, 1] int64
+    column,  # [1, C]
+    mask,
+    hidden,
+    first_expert,
+    num_local,
+    TOP_K: tl.constexpr,
+):
+    """out[t] = residual[t] + sum_k y[t, k], k rising; skips slots of experts not held here."""
+    total = tl.zeros(mask.shape, tl.float32)
+    for k in tl.static_range(TOP_K):
+        local = tl.load(expert_ids_ptr + token * TOP_K + k, mask=mask, other=-1) - first_expert
+        held = mask & (local >= 0) & (local < num_local)
+        place = (token * TOP_K + k) * hidden + column
+        # other programs of this launch may have written y: .cg reads past L1
+        y = tl.load(y_ptr + place, mask=held, other=0.0, cache_modifier=".cg")
+        total += y.to(tl.float32)
+    place = token * hidden + column
+    if residual_ptr is not None:
+        total += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_expert", "num_local"])
+def weighted_sum_kernel(
+    y_ptr,  # [num_tokens * TOP_K, hidden]
+    expert_ids_ptr,  # [num_tokens, TOP_K] int32
+    residual_ptr,  # [num_tokens, hidden] or None
+    out_ptr,  # [num_tokens, hidden]
+    hidden,
+    first_expert,
+    num_local,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum over a token's slots, BLOCK columns of it."""
+    token = tl.full([1, 1], tl.program_id(0), tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    _sum_slots(
+        y_ptr, expert_ids_ptr, residual_ptr, out_ptr, token, column, column < hidden, hidden,
+        first_expert, num_local, TOP_K,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("num_blocks", "weight_factor", "alpha", "limit", "num_tokens", "first_expert"),
+        *("num_local", "next_tile_bytes"),
+    ]
+)
 def grouped_matmul_kernel(
     x_ptr,  # [rows, in_features]
     weight_ptr,  # words of PreparedMXFP4, or [num_experts, out_features, in_features]
@@ -78,6 +229,14 @@ def grouped_matmul_kernel(
     slots_ptr,  # [num_slots] int32: slot (token * TOP_K + k) of each sorted row
     blocks_ptr,  # [num_blocks, 4] int32: expert (-1: none), first row, end row
     slot_weights_ptr,  # [num_slots] float32
+    num_blocks,
+    out_features,
+    in_features,
+    out_stride,
+    weight_factor,  # 2 ** exponent
+    alpha,
+    limit,
+    # adapters, if LORA
     slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token
     parts_ptr,  # [NUM_PARTS, 1, num_slots, max_rank] float32
     memory_ptr,
@@ -86,13 +245,21 @@ def grouped_matmul_kernel(
     scale_ptr,
     part_stride,
     max_rank,
-    num_blocks,
-    out_features,
-    in_features,
-    out_stride,
-    weight_factor,  # 2 ** exponent
-    alpha,
-    limit,
+    # the matmul that follows, if next_words_ptr is not None
+    next_words_ptr,
+    next_scales_ptr,
+    next_tiles_n,
+    next_tiles_k,
+    next_tile_bytes,
+    next_counters_ptr,
+    # the sum over a token's slots, if sum_ptr is not None
+    sum_ptr,  # [num_tokens, out_features]
+    residual_ptr,  # [num_tokens, out_features] or None
+    expert_ids_ptr,  # [num_tokens, TOP_K] int32
+    counters_ptr,  # [programs a block] int32, zero
+    num_tokens,
+    first_expert,
+    num_local,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
     SCATTER: tl.constexpr,  # out row = slot and times the slot's weight, else the sorted row
@@ -107,136 +274,129 @@ def grouped_matmul_kernel(
     LORA: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    NUM_COUNTERS: tl.constexpr,
+    EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
 
     One block of rows, BLOCK_N of n.
     """
-    TILES_PER_N: tl.constexpr = BLOCK_N // 64
-    UNITS_K: tl.constexpr = BLOCK_K // 64
-    tiles_n = tl.cdiv(out_features, 64)
-    programs_n = tl.cdiv(tiles_n, TILES_PER_N)
+    programs_n = tl.cdiv(out_features, BLOCK_N)
     pid = tl.program_id(0)
     group = pid // (programs_n * GROUP_M)
     group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
     in_group = pid - group * programs_n * GROUP_M
     block = group * GROUP_M + in_group % group_rows
     pid_n = in_group // group_rows
+    if EARLY:
+        gdc_wait()
     expert = tl.load(blocks_ptr + block * 4)
-    if expert < 0:
-        return
-    row = tl.load(blocks_ptr + block * 4 + 1) + tl.arange(0, BLOCK_M)
-    row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
-    slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
-    source = slot // TOP_K if GATHER else row
-    if LORA:
-        adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + offs_k[:, None]
-
-    tile_n = pid_n * TILES_PER_N + tl.arange(0, TILES_PER_N)
-    steps = tl.cdiv(in_features, BLOCK_K)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if MXFP4:
-        # a tile past the end reads the last one again: its rows are masked when stored
-        tile = expert.to(tl.int64) * tiles_n + tl.minimum(tile_n, tiles_n - 1)
-        tiles_k = tl.cdiv(in_features, 128)
-        first_word = (tile * tiles_k * 1024)[:, None, None]
-        unit = tl.arange(0, UNITS_K)[None, :, None]
-        word_ptrs = weight_ptr + first_word + unit * 512 + tl.arange(0, 512)[None, None, :]
-        first_scale = (tile * tiles_k * 64)[:, None, None]
-        half = tl.arange(0, UNITS_K // 2)[None, :, None]
-        scale_ptrs = scales_ptr + first_scale + half * 64 + tl.arange(0, 64)[None, None, :]
-        for step in range(steps):
-            if UNITS_K == 2:
-                words = tl.load(word_ptrs)
-                scales = tl.load(scale_ptrs)
-            else:
-                unit_mask = unit < tiles_k * 2 - step * UNITS_K
-                words = tl.load(word_ptrs, mask=unit_mask, other=0)
-                half_mask = half < tiles_k - step * (UNITS_K // 2)
-                scales = tl.load(scale_ptrs, mask=half_mask, other=0)
-            in_k = offs_k[:, None] < in_features - step * BLOCK_K
-            x = tl.load(x_ptrs, mask=in_k & row_mask[None, :], other=0.0)
-            w = decode_tile(words, scales, TILES_PER_N, UNITS_K, x_ptr.dtype.element_ty, PTX)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
-            word_ptrs += UNITS_K * 512
-            scale_ptrs += UNITS_K // 2 * 64
-            x_ptrs += BLOCK_K
-        acc *= weight_factor
-    else:
+    if next_counters_ptr is not None:  # noqa: SIM102 (Triton would evaluate both sides)
+        if pid == 0:
+            counter = tl.arange(0, NUM_COUNTERS)
+            tl.store(next_counters_ptr + counter, tl.zeros_like(counter))
+    if expert >= 0:
+        row = tl.load(blocks_ptr + block * 4 + 1) + tl.arange(0, BLOCK_M)
+        row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
+        slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
+        source = slot // TOP_K if GATHER else row
+        if LORA:
+            adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
         tile_row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight_row = _rows_of_tile(tile_row, out_features, ROW_ORDER)
-        weight_row = tl.minimum(weight_row, out_features - 1)
-        first = expert.to(tl.int64) * out_features * in_features
-        w_ptrs = weight_ptr + first + weight_row[:, None] * in_features + offs_k[None, :]
-        for step in range(steps):
-            left = in_features - step * BLOCK_K
-            x = tl.load(x_ptrs, mask=(offs_k[:, None] < left) & row_mask[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=offs_k[None, :] < left, other=0.0)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
-            w_ptrs += BLOCK_K
-            x_ptrs += BLOCK_K
+        k = tl.arange(0, BLOCK_K)[:, None]
+        x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
+        if MXFP4:
+            tile_n = pid_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
+            acc = _mxfp4_product(
+                x_ptrs, row_mask, weight_ptr, scales_ptr, expert, tile_n, out_features,
+                in_features, PTX, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            acc *= weight_factor
+        else:
+            weight_row = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+            acc = _dense_product(
+                x_ptrs, row_mask, weight_ptr, expert, weight_row, out_features, in_features,
+                BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        if EARLY:
+            gdc_launch_dependents()
+        if next_words_ptr is not None:
+            _prefetch_next(
+                next_words_ptr, next_scales_ptr, expert, pid_n, programs_n, next_tiles_n,
+                next_tiles_k, next_tile_bytes,
+            )  # fmt: skip
+        if LORA:
+            column = tile_row
+            if ROW_ORDER == 2:
+                column = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+            acc = add_low_rank(
+                acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
+                b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
+            )  # fmt: skip
+        bias_ptr += expert * out_features
+        out_row = slot if SCATTER else row
+        out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
+        if ACTIVATION == 0:
+            n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+            n_mask = n < out_features
+            acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+            if SCATTER:
+                acc *= tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)[None, :]
+        else:
+            pairs = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+            gate, up = tl.split(pairs)
+            gate = gate.reshape(BLOCK_N // 2, BLOCK_M)
+            up = up.reshape(BLOCK_N // 2, BLOCK_M)
+            n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            n_mask = n < out_features // 2
+            gate_row = 2 * n if ROW_ORDER == 1 else n
+            up_row = 2 * n + 1 if ROW_ORDER == 1 else n + out_features // 2
+            gate += tl.load(bias_ptr + gate_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(bias_ptr + up_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+            acc = _activate(gate, up, alpha, limit, ACTIVATION)
+        rounded = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs + n[:, None], rounded, n_mask[:, None] & row_mask)
+    if sum_ptr is not None:
+        tl.debug_barrier()  # this program's part of y is written
+        arrived = tl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_blocks - 1:
+            column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            for first in range(0, num_tokens, 4):
+                token = (first + tl.arange(0, 4)[:, None]).to(tl.int64)
+                _sum_slots(
+                    out_ptr, expert_ids_ptr, residual_ptr, sum_ptr, token, column,
+                    (token < num_tokens) & (column < out_features), out_features,
+                    first_expert, num_local, TOP_K,
+                )  # fmt: skip
 
-    if LORA:
-        column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if ROW_ORDER == 2:
-            column = _rows_of_tile(column, out_features, ROW_ORDER)
-        acc = add_low_rank(
-            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
-            b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
-        )  # fmt: skip
-    bias_ptr += expert * out_features
-    out_row = slot if SCATTER else row
-    out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
-    if ACTIVATION == 0:
-        tile_row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
-        n_mask = n < out_features
-        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-        if SCATTER:
-            acc *= tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)[None, :]
-    else:
-        pairs = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-        gate, up = tl.split(pairs)
-        gate = gate.reshape(BLOCK_N // 2, BLOCK_M)
-        up = up.reshape(BLOCK_N // 2, BLOCK_M)
-        n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        n_mask = n < out_features // 2
-        gate_row = 2 * n if ROW_ORDER == 1 else n
-        up_row = 2 * n + 1 if ROW_ORDER == 1 else n + out_features // 2
-        gate += tl.load(bias_ptr + gate_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(bias_ptr + up_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-        acc = _activate(gate, up, alpha, limit, ACTIVATION)
-    tl.store(out_ptrs + n[:, None], acc.to(out_ptr.dtype.element_ty), n_mask[:, None] & row_mask)
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a matmul does for the next one over the same blocks."""
+
+    counters: Tensor  # of its TokenSum, set to zero
+    weight: PreparedMXFP4 | None = None  # its weight, to bring into L2 (from sm_90 on):
+    tile_bytes: int = 0  # the first bytes of each tile of 64 rows; a multiple of 4096
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_local"])
-def weighted_sum_kernel(
-    y_ptr,  # [num_tokens * TOP_K, hidden], already times the routing weights
-    expert_ids_ptr,  # [num_tokens, TOP_K] int32
-    residual_ptr,  # [num_tokens, hidden]
-    out_ptr,  # [num_tokens, hidden]
-    hidden,
-    first_expert,
-    num_local,
-    TOP_K: tl.constexpr,
-    ADD_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[t] = residual[t] + sum_k y[t, k], k rising; skips slots of experts not held here."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < hidden
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP_K):
-        local = tl.load(expert_ids_ptr + token * TOP_K + k) - first_expert
-        held = (local >= 0) & (local < num_local)
-        y = tl.load(y_ptr + (token * TOP_K + k) * hidden + column, mask=mask & held, other=0.0)
-        total += y.to(tl.float32)
-    if ADD_RESIDUAL:
-        total += tl.load(residual_ptr + token * hidden + column, mask=mask).to(tl.float32)
-    tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+@dataclass(frozen=True)
+class TokenSum:
+    """out[t] = residual[t] + sum_k y[t, k], by the last program of each block of columns.
+
+    Bits and arguments are those of `weighted_sum`, whose launch it spares.
+    """
+
+    expert_ids: Tensor  # [num_tokens, top_k] int32
+    local: range  # experts held here
+    residual: Tensor | None  # [num_tokens, hidden]
+    out: Tensor  # [num_tokens, hidden]
+    counters: Tensor  # from sum_counters; zero, by an `Ahead` of the matmul before
+
+
+def sum_counters(take: Take, out_features: int, tile: Tile) -> Tensor:
+    """Counts of programs that have finished a block of columns, for a TokenSum."""
+    columns = triton.cdiv(out_features, tile.block_n)
+    return take((triton.next_power_of_2(columns),), torch.int32)
 
 
 def grouped_matmul(
@@ -253,6 +413,8 @@ def grouped_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     low_rank: LowRank | None = None,
+    ahead: Ahead | None = None,
+    token_sum: TokenSum | None = None,
 ) -> Tensor:
     """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
 
@@ -263,6 +425,8 @@ def grouped_matmul(
     _check(x, weight, bias, out, slots, activation)
     if low_rank is not None:
         _check_low_rank(low_rank, weight, len(slots.slots))
+    if token_sum is not None:
+        _check_token_sum(token_sum, out, top_k, weight.out_features, tile, slot_weights)
     if out.shape[0] == 0:
         return out
     if isinstance(weight, PreparedMXFP4):
@@ -279,8 +443,7 @@ def grouped_matmul(
         out,
         slots.slots,
         slots.blocks,
-        bias if slot_weights is None else slot_weights,
-        *_low_rank_arguments(low_rank),
+        slot_weights,
         num_blocks,
         weight.out_features,
         weight.in_features,
@@ -288,6 +451,9 @@ def grouped_matmul(
         factor,
         alpha,
         limit,
+        *_low_rank_arguments(low_rank),
+        *_ahead_arguments(ahead),
+        *_sum_arguments(token_sum),
         TOP_K=top_k,
         GATHER=gather,
         SCATTER=slot_weights is not None,
@@ -302,8 +468,11 @@ def grouped_matmul(
         LORA=low_rank is not None,
         NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts.shape[3], tile.block_m),
+        NUM_COUNTERS=0 if ahead is None else len(ahead.counters),
+        EARLY=tile.early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=tile.early,
     )
     return out
 
@@ -321,17 +490,47 @@ def weighted_sum(
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
             y,
             expert_ids,
-            out if residual is None else residual,
+            residual,
             out,
             hidden,
             local.start,
             len(local),
             TOP_K=expert_ids.shape[1],
-            ADD_RESIDUAL=residual is not None,
             BLOCK=1024,
             num_warps=4,
         )
     return out
+
+
+Arguments = tuple[Tensor | int | None, ...]
+
+
+def _low_rank_arguments(low_rank: LowRank | None) -> Arguments:
+    if low_rank is None:
+        return (None,) * 8
+    site, parts = low_rank.site, low_rank.parts
+    return (
+        low_rank.slot_of_token, parts, low_rank.memory, site.b, site.rank, site.scale,
+        parts.stride(0), parts.shape[3],
+    )  # fmt: skip
+
+
+def _ahead_arguments(ahead: Ahead | None) -> Arguments:
+    if ahead is None:
+        return (None,) * 6
+    if ahead.weight is None:
+        return (*(None,) * 5, ahead.counters)
+    words, scales = ahead.weight.words, ahead.weight.scales
+    return (words, scales, *scales.shape[1:3], ahead.tile_bytes, ahead.counters)
+
+
+def _sum_arguments(token_sum: TokenSum | None) -> Arguments:
+    if token_sum is None:
+        return (None,) * 7
+    return (
+        token_sum.out, token_sum.residual, token_sum.expert_ids, token_sum.counters,
+        len(token_sum.out), token_sum.local.start, len(token_sum.local),
+    )  # fmt: skip
 
 
 def _check(
@@ -363,16 +562,6 @@ def _check(
         raise ValueError("activation needs a weight prepared with a row_order that pairs its rows")
 
 
-def _low_rank_arguments(low_rank: LowRank | None) -> tuple[Tensor | int | None, ...]:
-    if low_rank is None:
-        return (None,) * 8
-    site, parts = low_rank.site, low_rank.parts
-    return (
-        low_rank.slot_of_token, parts, low_rank.memory, site.b, site.rank, site.scale,
-        parts.stride(0), parts.shape[3],
-    )  # fmt: skip
-
-
 def _check_low_rank(low_rank: LowRank, weight: KernelWeight, num_slots: int) -> None:
     site, parts = low_rank.site, low_rank.parts
     found = (site.in_features, site.widths, site.num_experts, parts.shape[2])
@@ -381,4 +570,20 @@ def _check_low_rank(low_rank: LowRank, weight: KernelWeight, num_slots: int) -> 
         raise ValueError(
             f"low_rank has (in_features, widths, num_experts, rows) {found}; the weight and the "
             f"slots need {wanted}"
+        )
+
+
+def _check_token_sum(
+    token_sum: TokenSum,
+    y: Tensor,
+    top_k: int,
+    out_features: int,
+    tile: Tile,
+    slot_weights: Tensor | None,
+) -> None:
+    shape = (len(y) // top_k, out_features)
+    if slot_weights is None or tuple(token_sum.out.shape) != shape or tile.group_m != 1:
+        raise ValueError(
+            f"token_sum.out has shape {tuple(token_sum.out.shape)}; a sum needs {shape}, "
+            "slot_weights and a tile with group_m 1"
         )

@@ -24,6 +24,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 4
     group_m: int = 1
+    early: bool = False  # launched before the kernel before has ended, if that one allows it
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class MoETiles:
 
     gate_up: Tile
     down: Tile
+    ahead_bytes: int = 0  # of each tile of down's weights that gate_up brings into L2
+    sum_in_down: bool = False  # the sum over a token's slots, in the last programs of down
 
 
 def choose(problem: Problem) -> MoETiles:
