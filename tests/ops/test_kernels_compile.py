@@ -171,7 +171,7 @@ def all_kernels(capability):
     else:
         results["mxfp4 64"] = matmul(capability, True, True, 64, 64, 4, 3)
     results["sum"] = compile_kernel(experts_kernel.weighted_sum_kernel, capability,
-                                    dict(TOP_K=4, ADD_RESIDUAL=True, BLOCK=1024))
+                                    dict(TOP_K=4, BLOCK=1024))
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
                                      dict(LET_NEXT_START=capability == 90, BLOCK=4096)
                                      | ({} if capability == 90 else {"next_ptr": None}), 8,
