@@ -167,11 +167,10 @@ def _place_of_keys(pages, block, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKEN: 
 
 
 @triton.jit
-def _place_of_rows(first_row, num_tokens, first_head, NUM_HEADS, GROUP, ROWS: tl.constexpr):
-    """Index into [rows, num_heads] of each row of a tile, and which of them exist."""
-    tile_row = tl.arange(0, ROWS)
-    row = (first_row + tile_row // GROUP).to(tl.int64)
-    return row * NUM_HEADS + first_head + tile_row % GROUP, tile_row < num_tokens * GROUP
+def _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS: tl.constexpr):
+    """Where each row of a tile lies in [tokens, num_heads] from its first; which of them exist."""
+    row = tl.arange(0, ROWS)
+    return row // GROUP * NUM_HEADS + row % GROUP, row < num_tokens * GROUP
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -205,7 +204,8 @@ def attention_kernel(
     TOKEN: tl.constexpr = NUM_KV_HEADS * HEAD_DIM  # elements of a token in the cache
     column = tl.arange(0, HEAD_DIM)[None, :]
     num_work = tl.load(words_ptr) * NUM_KV_HEADS
-    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+    # disable_licm: what only the end of an item needs must not lie in registers through its loop
+    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
         item_ptr = words_ptr + _HEADER + work // NUM_KV_HEADS * _NUM_FIELDS
         kv_head = work % NUM_KV_HEADS
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
@@ -217,8 +217,10 @@ def attention_kernel(
         whole = tl.load(item_ptr + _PARTS) == 1
 
         first_row = tl.load(item_ptr + _ROW)
-        place, mask = _place_of_rows(first_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS)
-        q = tl.load(q_ptr + place[:, None] * HEAD_DIM + column, mask=mask[:, None], other=0.0)
+        start = first_row.to(tl.int64) * NUM_HEADS + kv_head * GROUP
+        row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
+        q_ptrs = q_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
+        q = tl.load(q_ptrs, mask=mask[:, None], other=0.0)
         head = kv_head * GROUP + tl.arange(0, ROWS) % GROUP
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
         m = tl.where(whole, sink, float("-inf"))
@@ -238,30 +240,32 @@ def attention_kernel(
             key_mask = key < end_key
             if WINDOWED:
                 key_mask &= key >= first_key
-            start = _place_of_keys(pages, block, PAGE, KEYS, TOKEN)[:, None]
+            place = _place_of_keys(pages, block, PAGE, KEYS, TOKEN)[:, None]
             # zeros where masked: what lies there may be NaN, which 0 * v would keep
-            k = tl.load(k_ptr + column + start, mask=key_mask[:, None], other=0.0)
-            v = tl.load(k_ptr + value_offset + column + start, mask=key_mask[:, None], other=0.0)
+            k = tl.load(k_ptr + column + place, mask=key_mask[:, None], other=0.0)
+            v = tl.load(k_ptr + value_offset + column + place, mask=key_mask[:, None], other=0.0)
             # ready when the next keys are asked for
             pages = _load_pages(table_row_ptr, block_stride, block + 1, end_key, PAGE, KEYS)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if not WINDOWED:  # noqa: SIM102 (a window is one split; Triton would evaluate both)
-                # Here and not where a split ends, so that its last product runs on until now.
-                if _is_cut(block * KEYS) & (block > first_block):
-                    m, weight, split_weight = _merge_weights(m, split_m)
-                    total = _merge(total, weight, split_total, split_weight)
-                    acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
-                    split_m = tl.full([ROWS], float("-inf"), tl.float32)  # makes alpha 0
             if WINDOWED:
                 age = row_position[:, None] - key[None, :]
                 scores = tl.where((age >= 0) & (age < window), scores, float("-inf"))
             elif (block + 1) * KEYS > position + 1:
                 scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
-            new_m = tl.maximum(split_m, tl.max(scores, 1) * scale_log2)
-            shift = _finite(new_m)
-            p = tl.exp2(scores * scale_log2 - shift[:, None])
-            alpha = tl.exp2(split_m - shift)
+            row_max = tl.max(scores, 1) * scale_log2
+            new_m = tl.maximum(split_m, row_max)
+            alpha = tl.exp2(split_m - _finite(new_m))
+            if not WINDOWED:  # noqa: SIM102 (a window is one split; Triton would evaluate both)
+                # Here and not where a split ends, so that its last product runs on until now; of
+                # the first block's empty predecessor, the merge changes nothing.
+                if _is_cut(block * KEYS):
+                    m, weight, split_weight = _merge_weights(m, split_m)
+                    total = _merge(total, weight, split_total, split_weight)
+                    acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
+                    new_m = row_max
+                    alpha = tl.zeros([ROWS], tl.float32)
             split_m = new_m
+            p = tl.exp2(scores * scale_log2 - _finite(new_m)[:, None])
             split_total = split_total * alpha + tl.sum(p, 1)
             split_acc *= alpha[:, None]
             split_acc = tl.dot(p.to(v.dtype), v, split_acc, input_precision="ieee")
@@ -271,23 +275,20 @@ def attention_kernel(
 
         # fields are loaded again rather than held in registers through the loop
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
+        row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
         parts = tl.load(item_ptr + _PARTS)
         if parts == 1:
-            first_row = tl.load(item_ptr + _ROW)
-            place, mask = _place_of_rows(
-                first_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS
-            )
-            out_ptrs = out_ptr + place[:, None] * HEAD_DIM + column
+            start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
+            out_ptrs = out_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
             out = _normalize(acc, total[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptrs, out, mask=mask[:, None])
         else:
             part_row = tl.load(item_ptr + _PART_ROW)
-            place, mask = _place_of_rows(
-                part_row, num_tokens, kv_head * GROUP, NUM_HEADS, GROUP, ROWS
-            )
-            tl.store(part_m_ptr + place, m, mask=mask)
-            tl.store(part_total_ptr + place, total, mask=mask)
-            tl.store(part_acc_ptr + place[:, None] * HEAD_DIM + column, acc, mask=mask[:, None])
+            start = part_row.to(tl.int64) * NUM_HEADS + kv_head * GROUP
+            tl.store(part_m_ptr + start + row, m, mask=mask)
+            tl.store(part_total_ptr + start + row, total, mask=mask)
+            acc_ptrs = part_acc_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
+            tl.store(acc_ptrs, acc, mask=mask[:, None])
             counter = counters_start + tl.load(item_ptr + _COUNTER) * NUM_KV_HEADS + kv_head
             if _arrive(words_ptr + counter, parts):
                 _combine_parts(
