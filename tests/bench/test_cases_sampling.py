@@ -29,7 +29,6 @@ def test_wrong_tokens_are_noticed(kind: str) -> None:
 
 def test_bytes() -> None:
     rows = random_rows("top_p", random_logits(3, VOCAB, CPU))
-    assert len(rows.logits) == 24
     case = sample_case("top_p", rows)
     assert (case.name, case.num_tokens) == ("sample kind=top_p", 3)
     assert case.num_bytes == 3 * VOCAB * 4

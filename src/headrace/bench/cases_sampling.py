@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.bench.case import Case
+from headrace.bench.case import NUM_INPUTS, Case
 from headrace.bench.exact_sampling import draws_are_right
 from headrace.ops.sampling import Draws, SamplingBuffers, sample, sampling_buffers, top_logprobs
 
@@ -16,7 +16,6 @@ OPS = ("sample", "top_logprobs")
 VOCAB_SIZE = 201_088
 MOST_ROWS = 256
 NUM_TOP = 20
-L2_BYTES = 200e6  # logits of so many bytes are not in any L2 when their turn comes again
 KINDS = {  # temperature, top_p, top_k
     "greedy": None,
     "temperature": (1.0, 1.0, 0),
@@ -27,9 +26,9 @@ KINDS = {  # temperature, top_p, top_k
 
 @dataclass(frozen=True)
 class Rows:
-    """What the calls of one case read and write: call i takes logits i % count."""
+    """What the calls of one case read and write: call i takes logits i % 8."""
 
-    logits: Sequence[Tensor]  # each [num_rows, vocab] fp32
+    logits: Sequence[Tensor]  # [8] of [num_rows, vocab] fp32
     draws: Draws | None
     uniform: Tensor | None  # [num_rows] fp64
     rows: Tensor  # [num_rows] int64: 0, 1, 2 ...
@@ -109,11 +108,10 @@ def score_case(rows: Rows) -> Case:
 def random_logits(num_rows: int, vocab_size: int, device: torch.device) -> list[Tensor]:
     """Peaked as a language model's: the most likely of 201,088 tokens has a few per cent.
 
-    So many that none is in L2 when its turn comes again, as far as 24 calls go.
+    Those of a small batch stay in L2 between two calls, as they come from the LM head in a step.
     """
-    count = min(24, max(2, int(L2_BYTES / (4 * num_rows * vocab_size))))
     shape = (num_rows, vocab_size)
-    return [torch.randn(shape, device=device) * 4 for _ in range(count)]
+    return [torch.randn(shape, device=device) * 4 for _ in range(NUM_INPUTS)]
 
 
 def random_rows(kind: str, logits: Sequence[Tensor]) -> Rows:
