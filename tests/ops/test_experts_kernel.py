@@ -12,7 +12,6 @@ from headrace.ops.experts_kernel import (
     DenseWeight,
     TokenSum,
     grouped_matmul,
-    sum_counters,
 )
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
 from headrace.ops.tiles import MoETiles, Problem, Tile, choose
@@ -94,8 +93,8 @@ def run_layer(
     out = torch.full_like(x, float("nan"))
     ahead = token_sum = None
     if tiles.sum_in_down:
-        counters = sum_counters(like(x), x.shape[1], tiles.down)
-        ahead = Ahead(counters, down if tiles.ahead_bytes else None, tiles.ahead_bytes)
+        counters = torch.full((64,), 77, dtype=torch.int32, device=x.device)
+        ahead = Ahead(down, tiles.ahead_bytes, counters)
         token_sum = TokenSum(ids, local, residual, out, counters)
     experts_kernel.grouped_matmul(
         x, gate_up, biases[0], slots, tiles.gate_up, h, top_k, True,
@@ -108,10 +107,6 @@ def run_layer(
     if token_sum:
         return out
     return experts_kernel.weighted_sum(y, ids, local, residual, out)
-
-
-def like(x):
-    return lambda shape, dtype: x.new_full(shape, 77, dtype=dtype)
 
 
 def routing(num_tokens, num_experts, top_k, device, kind="spread"):

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.ops.arena import Take
 from headrace.ops.experts import Activation
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
@@ -374,9 +373,9 @@ def grouped_matmul_kernel(
 class Ahead:
     """What a matmul does for the next one over the same blocks."""
 
-    counters: Tensor  # of its TokenSum, set to zero
-    weight: PreparedMXFP4 | None = None  # its weight, to bring into L2 (from sm_90 on):
-    tile_bytes: int = 0  # the first bytes of each tile of 64 rows; a multiple of 4096
+    weight: KernelWeight  # of the next one
+    tile_bytes: int  # of each of its MXFP4 tiles of 64 rows, for L2 (sm_90); a multiple of 4096
+    counters: Tensor | None  # of its TokenSum, to be set to zero
 
 
 @dataclass(frozen=True)
@@ -390,13 +389,7 @@ class TokenSum:
     local: range  # experts held here
     residual: Tensor | None  # [num_tokens, hidden]
     out: Tensor  # [num_tokens, hidden]
-    counters: Tensor  # from sum_counters; zero, by an `Ahead` of the matmul before
-
-
-def sum_counters(take: Take, out_features: int, tile: Tile) -> Tensor:
-    """Counts of programs that have finished a block of columns, for a TokenSum."""
-    columns = triton.cdiv(out_features, tile.block_n)
-    return take((triton.next_power_of_2(columns),), torch.int32)
+    counters: Tensor  # int32, one for 64 columns or more; zero, by an `Ahead` of the matmul before
 
 
 def grouped_matmul(
@@ -433,6 +426,8 @@ def grouped_matmul(
         values, scales, factor = weight.words, weight.scales, 2.0**weight.exponent
     else:
         values, scales, factor = weight.values, bias, 1.0  # scales unused
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    early = tile.early and hopper
     num_blocks = slots.blocks.shape[0]
     grid = (num_blocks * triton.cdiv(weight.out_features, tile.block_n),)
     grouped_matmul_kernel[grid](
@@ -452,7 +447,7 @@ def grouped_matmul(
         alpha,
         limit,
         *_low_rank_arguments(low_rank),
-        *_ahead_arguments(ahead),
+        *_ahead_arguments(ahead, hopper),
         *_sum_arguments(token_sum),
         TOP_K=top_k,
         GATHER=gather,
@@ -468,11 +463,11 @@ def grouped_matmul(
         LORA=low_rank is not None,
         NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts.shape[3], tile.block_m),
-        NUM_COUNTERS=0 if ahead is None else len(ahead.counters),
-        EARLY=tile.early,
+        NUM_COUNTERS=0 if ahead is None or ahead.counters is None else len(ahead.counters),
+        EARLY=early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        launch_pdl=tile.early,
+        launch_pdl=early,
     )
     return out
 
@@ -515,13 +510,14 @@ def _low_rank_arguments(low_rank: LowRank | None) -> Arguments:
     )  # fmt: skip
 
 
-def _ahead_arguments(ahead: Ahead | None) -> Arguments:
+def _ahead_arguments(ahead: Ahead | None, hopper: bool) -> Arguments:
     if ahead is None:
         return (None,) * 6
-    if ahead.weight is None:
+    weight = ahead.weight
+    if not (hopper and ahead.tile_bytes and isinstance(weight, PreparedMXFP4)):
         return (*(None,) * 5, ahead.counters)
-    words, scales = ahead.weight.words, ahead.weight.scales
-    return (words, scales, *scales.shape[1:3], ahead.tile_bytes, ahead.counters)
+    tiles = weight.scales.shape[1:3]
+    return (weight.words, weight.scales, *tiles, ahead.tile_bytes, ahead.counters)
 
 
 def _sum_arguments(token_sum: TokenSum | None) -> Arguments:

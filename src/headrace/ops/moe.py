@@ -43,6 +43,7 @@ class MoEBuffers:
     routing: RoutingBuffers
     activated: Tensor  # [num_slots, inter]: the first matmul's result, rows sorted by expert
     weighted: Tensor  # [num_slots, hidden]: the second's, row token * top_k + k
+    sum_counters: Tensor | None  # with tiles.sum_in_down: a power of two, one for 64 columns
 
 
 def moe_buffers(
@@ -57,6 +58,7 @@ def moe_buffers(
     num_slots = num_tokens * weights.top_k
     tiles = tiles or choose(Problem(num_slots, weights.num_experts))
     inter = weights.experts.gate_up_bias.shape[1] // 2
+    counters_shape = (1 << (-(-hidden // 64) - 1).bit_length(),)
     return MoEBuffers(
         tiles,
         routing_buffers(
@@ -65,6 +67,7 @@ def moe_buffers(
         ),
         take((num_slots, inter), dtype),
         take((num_slots, hidden), dtype),
+        take(counters_shape, torch.int32) if tiles.sum_in_down else None,
     )  # fmt: skip
 
 

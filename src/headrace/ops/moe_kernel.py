@@ -8,8 +8,10 @@ from headrace.ops import routing_kernel
 from headrace.ops.experts import ExpertWeight
 from headrace.ops.experts_kernel import (
     Activation,
+    Ahead,
     DenseWeight,
     KernelWeight,
+    TokenSum,
     grouped_matmul,
     weighted_sum,
 )
@@ -27,12 +29,15 @@ def moe_layer_kernel(
     lora: MoELora | None = None,
 ) -> Tensor:
     """out = h + sum_k weight_k expert_k(rms_norm(h))."""
-    routing = buffers.routing
+    ids, counters = buffers.routing.expert_ids, buffers.sum_counters
+    everyone = range(weights.num_experts)
     _route(h, weights, buffers, lora)
     gate_up_matmul(weights, buffers, lora)
+    if counters is not None:
+        down_matmul(weights, buffers, lora, TokenSum(ids, everyone, h, out, counters))
+        return out
     down_matmul(weights, buffers, lora)
-    everyone = range(weights.num_experts)
-    return weighted_sum(buffers.weighted, routing.expert_ids, everyone, h, out)
+    return weighted_sum(buffers.weighted, ids, everyone, h, out)
 
 
 def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
@@ -55,17 +60,23 @@ def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | Non
         buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
         activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
         low_rank=_shrink(lora, weights, buffers, first=True),
+        ahead=Ahead(_in_gpu_layout(experts.down), buffers.tiles.ahead_bytes, buffers.sum_counters),
     )  # fmt: skip
 
 
-def down_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:
+def down_matmul(
+    weights: MoEWeights,
+    buffers: MoEBuffers,
+    lora: MoELora | None = None,
+    token_sum: TokenSum | None = None,
+) -> Tensor:
     """buffers.weighted = routing weight (W_e activated + b_e), a row for each slot."""
     experts, routing = weights.experts, buffers.routing
     return grouped_matmul(
         buffers.activated, _in_gpu_layout(experts.down), experts.down_bias, routing.sorted,
         buffers.tiles.down, buffers.weighted, weights.top_k, gather=False,
         slot_weights=routing.expert_weights.view(-1),
-        low_rank=_shrink(lora, weights, buffers, first=False),
+        low_rank=_shrink(lora, weights, buffers, first=False), token_sum=token_sum,
     )  # fmt: skip
 
 
