@@ -28,6 +28,13 @@ def peft_model(model: Path, seed: int, **config: Any) -> Any:
     return wrapped.eval()
 
 
+def loaded_by_peft(model: Path, adapter: Path) -> Any:
+    """transformers' model with an adapter from its files."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(transformers_model(model), adapter).eval()
+
+
 def save(wrapped: Any, path: Path) -> Path:
     """PEFT's own files."""
     wrapped.save_pretrained(path)
@@ -37,17 +44,3 @@ def save(wrapped: Any, path: Path) -> Path:
 @torch.inference_mode()
 def peft_logits(wrapped: Any, tokens: list[int]) -> Tensor:
     return wrapped(torch.tensor([tokens])).logits[0]
-
-
-def peft_deltas(wrapped: Any) -> dict[str, Tensor]:
-    """Delta of each adapted parameter as PEFT computes it: [out, in] or [experts, in, out]."""
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-
-    deltas = {}
-    for name, module in wrapped.named_modules():
-        if isinstance(module, LoraLayer):
-            key = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            if isinstance(module, ParamWrapper):
-                key = f"{key}.{module.parameter_name}"
-            deltas[key] = module.get_delta_weight("default").detach()
-    return deltas

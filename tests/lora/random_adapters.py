@@ -58,6 +58,6 @@ def write_adapter(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     } | config
     (path / "adapter_config.json").write_text(json.dumps(fields))
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     save_file(contiguous, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return path

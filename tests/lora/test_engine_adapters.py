@@ -19,6 +19,8 @@ from headrace.engine.messages import (
     SamplingParams,
     UnloadAdapter,
 )
+from headrace.engine.request import Request
+from headrace.lora.pool import LoraPool
 from headrace.models import Model, load_model
 from tests.checkpoints import random_checkpoint
 from tests.lora.random_adapters import random_adapter
@@ -88,10 +90,14 @@ def change(engine: Engine, message: LoadAdapter | UnloadAdapter) -> AdapterReply
     return reply
 
 
+def pool_of(engine: Engine) -> LoraPool[Request]:
+    assert engine.adapters.pool is not None
+    return engine.adapters.pool
+
+
 def check_idle(engine: Engine) -> None:
     """No adapter is held, and books of slots and memory add up."""
-    pool = engine.adapters.pool
-    assert pool is not None
+    pool = pool_of(engine)
     assert all(not lora.holders and not lora.parked for lora in pool.names.values())
     pool.check()
 
@@ -159,8 +165,7 @@ def test_unload_waits_for_requests_and_frees_all(
     checkpoint: Path, model: Model, tmp_path: Path
 ) -> None:
     engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 2), max_loras=2)
-    pool = engine.adapters.pool
-    assert pool is not None
+    pool = pool_of(engine)
     expected = tokens(run(engine, ask("0", PROMPTS[0], "a0"))["0"])
     engine.add_request(ask("1", PROMPTS[0], "a0"))
     got = [t for output in engine.step() for t in output.token_ids]
@@ -242,3 +247,27 @@ def test_aborts_in_every_state_leave_nothing_behind(
     fresh = run(engine, ask("fresh", PROMPTS[0], "a3"))["fresh"]
     alone = make_engine(model, {"a3": paths["a3"]})
     assert tokens(fresh) == tokens(run(alone, ask("x", PROMPTS[0], "a3"))["x"])
+
+
+def test_a_large_adapter_gets_its_turn_among_small_ones(
+    checkpoint: Path, model: Model, tmp_path: Path
+) -> None:
+    """It needs the room of all others together, and they are asked for without a pause."""
+    paths = adapter_paths(checkpoint, tmp_path, 2)
+    paths["large"] = random_adapter(tmp_path / "large", checkpoint, 9, rank=8)
+    sizes = [lora.size for lora in pool_of(make_engine(model, paths)).names.values()]
+    engine = make_engine(model, paths, max_loras=3, lora_memory=4 * sizes[2])
+    assert sum(sizes) > sizes[2]
+    waits = {}
+    for i in range(60):
+        for name in ("a0", "a1"):
+            engine.add_request(ask(f"{name}.{i}", PROMPTS[0], name, max_tokens=8))
+        if i % 20 == 5:
+            engine.add_request(ask(f"large.{i}", PROMPTS[0], "large"))
+        for output in engine.step():
+            if output.finish_reason and output.request_id.startswith("large"):
+                waits[output.request_id] = i - int(output.request_id.split(".")[1])
+    assert len(waits) == 3, waits
+    while engine.has_work():
+        engine.step()
+    check_idle(engine)

@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.cli import BUNDLED_MODEL
 from headrace.models import Model, load_model
 from headrace.ops import dispatch
 from tests.checkpoints import random_checkpoint
 from tests.lora.adapted import AdaptedModel, read
-from tests.lora.peft_adapters import ATTENTION, EXPERTS, peft_logits, peft_model, save
+from tests.lora.peft_adapters import (
+    ATTENTION,
+    EXPERTS,
+    loaded_by_peft,
+    peft_logits,
+    peft_model,
+    save,
+)
 from tests.lora.random_adapters import random_adapter
 from tests.models.half import in_half
 from tests.paged import PagedSequences, logits_of
@@ -84,6 +92,18 @@ def test_logits_equal_peft(checkpoint: Path, model: Model, tmp_path: Path, name:
     adapted = AdaptedModel(model, replace(adapter, factors=doubled))
     adapted.slot_of_seq = [0]
     assert (logits_of(adapted, TOKENS) - expected).abs().max() > 50 * TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["subtract", "reverse"])
+def test_bundled_adapters_equal_peft(name: str) -> None:
+    path = BUNDLED_MODEL.parent / "adapters" / name
+    model = load_model(BUNDLED_MODEL)
+    adapted = AdaptedModel(model, read(model, path))
+    adapted.slot_of_seq = [0]
+    expected = peft_logits(loaded_by_peft(BUNDLED_MODEL, path), TOKENS)
+    assert (logits_of(adapted, TOKENS) - expected).abs().max() < TOLERANCE
+    assert (logits_of(model, TOKENS) - expected).abs().max() > 50 * TOLERANCE
 
 
 @torch.inference_mode()

@@ -1,0 +1,110 @@
+"""Ranges and tables of the adapters' memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.config import ConfigError
+from headrace.lora.check import check_adapter
+from headrace.lora.memory import LoraMemory, Ranges, full_size, sizes_of
+from headrace.lora.rows import row_arrays
+from headrace.lora.targets import model_sites
+from headrace.models import Model, load_model
+from headrace.ops.lora import ALIGNMENT
+from tests.checkpoints import random_checkpoint
+from tests.lora.adapted import read
+from tests.lora.random_adapters import random_adapter
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(random_checkpoint(tmp_path_factory.mktemp("base"), seed=2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
+def test_ranges_never_overlap_and_merge_again(moves: list[tuple[bool, int]]) -> None:
+    ranges, held = Ranges(100), []
+    for take, size in moves:
+        if take:
+            begin = ranges.take(size)
+            longest = max((end - start for start, end in ranges.free), default=0)
+            assert begin is not None or longest < size
+            if begin is not None:
+                held.append((begin, size))
+        elif held:
+            ranges.give_back(*held.pop(size % len(held)))
+        used = {i for begin, size in held for i in range(begin, begin + size)}
+        assert len(used) == sum(size for _, size in held)
+        free = {i for begin, end in ranges.free for i in range(begin, end)}
+        assert not used & free
+        assert used | free == set(range(100))
+        assert ranges.num_free == len(free)
+    for one in held:
+        ranges.give_back(*one)
+    assert ranges.free == [(0, 100)]
+
+
+def make_memory(model: Model, num_elements: int) -> LoraMemory:
+    sites = model_sites(model.config)
+    return LoraMemory(sites, 3, 8, num_elements, torch.float32, torch.device("cpu"))
+
+
+def test_an_adapter_takes_what_its_own_rank_needs(model: Model, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "base"
+    random_checkpoint(checkpoint, seed=2)
+    adapters = [
+        read(model, random_adapter(tmp_path / f"{rank}", checkpoint, rank, rank=rank))
+        for rank in (1, 8)
+    ]
+    small, large = (sum(sizes_of(a.factors).values()) for a in adapters)
+    keys = adapters[1].factors.keys()
+    targets = [t for site in model_sites(model.config) for t in site.targets if t.key in keys]
+    assert large == full_size(targets, 8)
+    assert small < large / 5
+    memory = make_memory(model, small + large)
+    placements = [memory.place(sizes_of(a.factors)) for a in adapters]
+    assert all(placements)
+    assert memory.ranges.num_free == 0
+    assert memory.place(sizes_of(adapters[0].factors)) is None
+    assert placements[1] is not None
+    memory.free(placements[1])
+    assert memory.ranges.num_free == large
+    for begin in placements[1].a.values():
+        assert begin % ALIGNMENT == 0
+
+
+def test_the_check_finds_memory_that_is_wrong(model: Model, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "base"
+    random_checkpoint(checkpoint, seed=2)
+    adapter = read(model, random_adapter(tmp_path / "a", checkpoint, 0, everything=True))
+    sizes = sizes_of(adapter.factors)
+    memory = make_memory(model, sum(sizes.values()))
+    placement = memory.place(sizes)
+    assert placement is not None
+    memory.write(placement, adapter.factors)
+    alone = memory.alone(1, placement, adapter.factors)
+    assert "self-check of" in check_adapter(alone, memory.sites, 1, adapter)
+    assert not memory.weights.lm_head.rank.any()  # nothing is published yet
+    for key, begin in placement.a.items():
+        values = alone.memory[begin : begin + adapter.factors[key].a.numel()]
+        values.neg_()
+        with pytest.raises(ConfigError, match=key):
+            check_adapter(alone, memory.sites, 1, adapter)
+        values.neg_()
+
+
+def test_rows_by_adapter() -> None:
+    """The worked example of LoraRows."""
+    slots, order, active, starts = row_arrays(np.array([2, -1, 0, 2]), 4)
+    assert slots.tolist() == [2, -1, 0, 2]
+    assert order.tolist() == [2, 0, 3, 1]
+    assert active.tolist() == [0, 2, -1, -1]
+    assert starts.tolist() == [0, 1, 3, 3, 3]
+    assert {a.dtype for a in (slots, order, active, starts)} == {np.dtype("int32")}
