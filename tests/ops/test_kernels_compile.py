@@ -115,7 +115,8 @@ def lora_kernels(capability):
 def linear(capability, num_tokens, out_features, in_features, has_tma, lm_head=False):
     shared_memory = (227 if capability == 90 else 163) * 1024
     tile = choose(LinearProblem(num_tokens, out_features, in_features, 132, shared_memory, has_tma))
-    constants = dict(EVEN_K=False, EARLY=has_tma, PERSISTENT=tile.programs > 0,
+    constants = dict(EVEN_K=False, EARLY=has_tma, LET_NEXT_START=has_tma,
+                     PERSISTENT=tile.programs > 0,
                      BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                      ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)
     if not tile.tma:
@@ -182,7 +183,8 @@ def all_kernels(capability):
                 routing_kernel.router_kernel, capability,
                 dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, EXPERTS=experts, BLOCK_T=16,
                      SLICE_K=256, BLOCK_K=64, SPLIT=split, ONE_CHUNK=split and chunks == 1,
-                     BLOCK_M=16, CHUNKS=8, SLOTS=512, residual_ptr=None), 8)
+                     BLOCK_M=16, CHUNKS=8, SLOTS=512, residual_ptr=None,
+                     EARLY=capability == 90), 8)
         results[f"choose {experts}"] = compile_kernel(
             routing_kernel.choose_kernel, capability,
             dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SPLIT=True,

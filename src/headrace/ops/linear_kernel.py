@@ -112,7 +112,8 @@ def linear_kernel(
     in_features,
     next_bytes,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
-    EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
+    LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
     PERSISTENT: tl.constexpr,  # a program computes tile after tile
     BLOCK_M: tl.constexpr,  # tokens
     BLOCK_N: tl.constexpr,  # height of the tile
@@ -129,6 +130,8 @@ def linear_kernel(
         rows = tl.minimum(ROWS, out_features - row)
         prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
         gdc_wait()
+    if LET_NEXT_START:
+        gdc_launch_dependents()
     if PERSISTENT:
         # flattened: the first loads of a tile are under way while the one before it is stored
         for tile in tl.range(
@@ -148,8 +151,6 @@ def linear_kernel(
             out_ptr, num_tokens, out_features, in_features, EVEN_K, BLOCK_M <= 32,
             BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
         )  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
     if next_ptr is not None:
         prefetch_share(next_ptr, next_bytes)
 
@@ -190,6 +191,7 @@ def linear(
         0 if next_weight is None else next_weight.nbytes,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
         EARLY=tile.early,
+        LET_NEXT_START=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
         PERSISTENT=tile.programs > 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
