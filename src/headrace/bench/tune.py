@@ -36,6 +36,7 @@ class TuneRow:
     num_warps: int
     num_stages: int
     group_m: int
+    early: bool = False
 
 
 def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:

@@ -1,0 +1,79 @@
+"""Time one expert layer under the ways its launches may overlap: for `MoETiles` at few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from headrace.bench.case import NUM_WEIGHT_SETS, Case, time_us
+from headrace.bench.cases_moe import HIDDEN, TOP_K, make_step, random_layer
+from headrace.bench.results import write_csv
+from headrace.config import ConfigError
+from headrace.ops.moe import MoEWeights
+from headrace.ops.tiles import MoETiles, Problem, choose
+
+NUM_EXPERTS = 32
+SIZES = (1, 2, 4, 8, 16)
+TILE_BYTES = -(-HIDDEN // 128) * 4096  # of the weights of 64 rows
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """One way at one size, a line of tune_launches.csv."""
+
+    m: int
+    us: float
+    early_gate_up: bool
+    early_down: bool
+    ahead_bytes: int
+    sum_in_down: bool
+
+
+def run_tune_launches(console: Console, sizes: Sequence[int], out: Path) -> None:
+    """Write tune_launches.csv to `out` and print the fastest way for each size, and the plain one.
+
+    Raises ConfigError where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA GPU here; launches can only be timed on one")
+    torch.manual_seed(0)
+    layers = [random_layer(NUM_EXPERTS, torch.device("cuda")) for _ in range(NUM_WEIGHT_SETS)]
+    rows: list[LaunchRow] = []
+    for m in sizes:
+        of_size = list(tune_size(layers, m))
+        rows += of_size
+        write_csv(out / "tune_launches.csv", rows)
+        console.print(of_size[0])
+        console.print(min(of_size, key=lambda row: row.us))
+
+
+def tune_size(layers: Sequence[MoEWeights], num_tokens: int) -> Iterator[LaunchRow]:
+    """A row for each way; all of them must give the bits of the first."""
+    expected = None
+    for tiles in ways(choose(Problem(num_tokens * TOP_K, NUM_EXPERTS))):
+        torch.manual_seed(num_tokens)  # the same inputs each time
+        step = make_step(layers, num_tokens, tiles)
+        got = step.layer(0).clone()
+        expected = got if expected is None else expected
+        assert torch.equal(got, expected), f"{tiles} gives other bits"
+        us = time_us(Case("moe_layer", {}, num_tokens, step.layer, step.check_layer, 0.0, 0.0))
+        early = tiles.gate_up.early, tiles.down.early
+        yield LaunchRow(num_tokens, round(us, 1), *early, tiles.ahead_bytes, tiles.sum_in_down)
+
+
+def ways(tiles: MoETiles) -> Iterator[MoETiles]:
+    """The plain launches first, then every mixture."""
+    early = ((False, False), (False, True), (True, True))
+    ahead = (0, 8192, 32768, TILE_BYTES)
+    for (gate_up, down), ahead_bytes, sum_in_down in product(early, ahead, (False, True)):
+        yield MoETiles(
+            replace(tiles.gate_up, early=gate_up),
+            replace(tiles.down, early=down),
+            ahead_bytes,
+            sum_in_down,
+        )

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from headrace.bench.tune_launches import ways
+from headrace.ops.tiles import Problem, choose
+
+
+def test_the_plain_launches_come_first_and_every_way_once() -> None:
+    chosen = choose(Problem(4, 32))
+    found = list(ways(chosen))
+    assert not found[0].gate_up.early
+    assert not found[0].sum_in_down
+    assert found[0].ahead_bytes == 0
+    assert len(set(found)) == len(found) == 24
+    assert chosen in found
+    assert all(tiles.ahead_bytes % 4096 == 0 for tiles in found)
