@@ -6,6 +6,7 @@ process that started it is gone.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import sys
@@ -103,6 +104,8 @@ def run_engine(config: EngineConfig, address: str, make: MakeEngine = make_engin
     # Ctrl-C and a service manager's SIGTERM reach the whole group: the client decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(format="headrace engine: %(message)s")
+    logging.getLogger("headrace").setLevel(logging.INFO)
     context = zmq.Context()
     link = Link(context, address)
     status = 1
