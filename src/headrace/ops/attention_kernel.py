@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops import attention_plan
 from headrace.ops.attention_plan import FIELDS, HEADER, AttentionPlan
@@ -198,10 +199,13 @@ def attention_kernel(
     WINDOWED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """Scores in powers of two, so that exp2 does: exp(scale q.k) = exp2(scale_log2 q.k)."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     TOKEN: tl.constexpr = NUM_KV_HEADS * HEAD_DIM  # elements of a token in the cache
+    if EARLY:
+        gdc_launch_dependents()
     column = tl.arange(0, HEAD_DIM)[None, :]
     num_work = tl.load(words_ptr) * NUM_KV_HEADS
     # disable_licm: what only the end of an item needs must not lie in registers through its loop
@@ -213,16 +217,22 @@ def attention_kernel(
         table_row_ptr = table_ptr + tl.load(item_ptr + _SEQ).to(tl.int64) * seq_stride
         first_block = tl.load(item_ptr + _FIRST_BLOCK)
         end_block = tl.load(item_ptr + _END_BLOCK)
-        # the sink counts once: here, or when the parts are merged
-        whole = tl.load(item_ptr + _PARTS) == 1
+        row_position = position + tl.arange(0, ROWS) // GROUP
+        first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
+        end_key = position + num_tokens
+        pages = _load_pages(table_row_ptr, block_stride, first_block, end_key, PAGE, KEYS)
+        if EARLY:
+            # so far only what the host has written: plan and table
+            gdc_wait()
 
-        first_row = tl.load(item_ptr + _ROW)
-        start = first_row.to(tl.int64) * NUM_HEADS + kv_head * GROUP
+        start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
         row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
         q_ptrs = q_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
         q = tl.load(q_ptrs, mask=mask[:, None], other=0.0)
         head = kv_head * GROUP + tl.arange(0, ROWS) % GROUP
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
+        # the sink counts once: here, or when the parts are merged
+        whole = tl.load(item_ptr + _PARTS) == 1
         m = tl.where(whole, sink, float("-inf"))
         total = tl.where(whole, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -230,11 +240,7 @@ def attention_kernel(
         split_total = tl.zeros([ROWS], tl.float32)
         split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
 
-        row_position = position + tl.arange(0, ROWS) // GROUP
-        first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
-        end_key = position + num_tokens
         k_ptr = cache_ptr + kv_head * HEAD_DIM
-        pages = _load_pages(table_row_ptr, block_stride, first_block, end_key, PAGE, KEYS)
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
             key_mask = key < end_key
@@ -248,8 +254,9 @@ def attention_kernel(
             pages = _load_pages(table_row_ptr, block_stride, block + 1, end_key, PAGE, KEYS)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             if WINDOWED:
-                age = row_position[:, None] - key[None, :]
-                scores = tl.where((age >= 0) & (age < window), scores, float("-inf"))
+                # one comparison: the age of a key ahead of the row is a huge unsigned number
+                age = (row_position[:, None] - key[None, :]).to(tl.uint32, bitcast=True)
+                scores = tl.where(age < window.to(tl.uint32), scores, float("-inf"))
             elif (block + 1) * KEYS > position + 1:
                 scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
             row_max = tl.max(scores, 1) * scale_log2
@@ -317,6 +324,7 @@ def paged_attention(
     shape, tile = plan.shape, plan.shape.tile
     page, num_kv_heads, head_dim = kv_cache.shape[2:]
     group = shape.num_heads // num_kv_heads
+    early = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     attention_kernel[(shape.num_programs,)](
         q, kv_cache, block_table, sinks, plan.words,
         plan.part_acc, plan.part_m, plan.part_total, out,
@@ -324,7 +332,8 @@ def paged_attention(
         plan.window,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        EARLY=early,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
     )  # fmt: skip
     return out
 
