@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK_HEADS = 16  # of one token, in a program
 
@@ -48,8 +49,12 @@ def rope_and_cache_kernel(
     HALF_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """BLOCK_HEADS heads of one token."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -120,11 +125,13 @@ def rope_and_cache(
     _check_rows("cos", cos, (num_tokens, 1, head_dim // 2), torch.float32)
     _check_rows("sin", sin, (num_tokens, 1, head_dim // 2), torch.float32)
     _check_rows("slots", slots, (num_tokens,), torch.int64)
+    early = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
     if num_tokens:
         rope_and_cache_kernel[(num_tokens, triton.cdiv(heads, BLOCK_HEADS))](
             qkv, cos, sin, kv_cache, slots, out, kv_cache.stride(0),
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF_DIM=head_dim // 2,
             BLOCK_HEADS=BLOCK_HEADS, BLOCK_DIM=triton.next_power_of_2(head_dim // 2),
+            EARLY=early, launch_pdl=early,
         )  # fmt: skip
     return out
 
