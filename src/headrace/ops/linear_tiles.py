@@ -73,10 +73,19 @@ def _for_streaming(problem: LinearProblem, block_m: int) -> LinearTile:
 
 
 def _for_arithmetic(problem: LinearProblem) -> LinearTile:
-    """Many tokens wait for the arithmetic: the largest tile that gives all SMs work twice over."""
-    tiles = _cdiv(problem.num_tokens, 256) * _cdiv(problem.out_features, 128)
-    block_m = 256 if problem.large_tiles and tiles >= 2 * problem.num_sms else 128
-    return _fitted(problem, LinearTile(block_m, 128, 128, 64, 8, num_stages=4, group_m=8))
+    """Many tokens: the tile whose operands, step by step and round by round, are the least.
+
+    They come from L2, and at these sizes an SM waits for them more than for the arithmetic.
+    """
+    block_n = 128
+
+    def cost(block_m: int) -> int:
+        tiles = _cdiv(problem.num_tokens, block_m) * _cdiv(problem.out_features, block_n)
+        return _cdiv(tiles, problem.num_sms) * (block_m + block_n)
+
+    block_m = min((256, 128) if problem.large_tiles else (128,), key=cost)
+    tile = LinearTile(block_m, block_n, block_n, 64, num_warps=8, num_stages=4, group_m=8)
+    return _fitted(problem, tile)
 
 
 def _fitted(
