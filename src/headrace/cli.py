@@ -1,4 +1,4 @@
-"""The `headrace` command: serve, generate, doctor."""
+"""The `headrace` command: serve, generate, eval, bench, lora, doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.console import Console
 
 from headrace import __version__
 from headrace.bench.commands import app as bench_app
+from headrace.bench.list_options import ListOptions
 from headrace.config import ConfigError, EngineConfig, ServerConfig
+from headrace.eval.command import evaluate
 from headrace.flags import with_configs
 from headrace.lora.commands import app as lora_app
 
@@ -23,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command("eval", cls=ListOptions)(evaluate)
 app.add_typer(lora_app, name="lora")
 
 
@@ -35,7 +38,7 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+@app.command(cls=ListOptions)
 @with_configs(engine=EngineConfig, server=ServerConfig)
 def serve(
     model: Annotated[

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything that is measured on a GPU, stage by stage: scripts/measure.sh OUT [STAGE ...]
+# The checkpoint is a random one of gpt-oss-20b's size in $MODEL, written if it is not there.
+set -uo pipefail
+out=$(realpath -m "$1")
+shift
+stages=("$@")
+[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency profile startup serve)
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=${COLUMNS:-160}
+MODEL=${MODEL:-/tmp/gpt-oss-20b-random}
+headrace() { python3 -m headrace "$@"; }
+checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$MODEL"; }
+
+tests() { python3 -m pytest -m gpu -x --timeout 240 tests; }
+kernels() { headrace bench kernels --out "$out"; }
+tune() { headrace bench tune --out "$out"; headrace bench tune-linear --out "$out"; }
+engine=(--max-num-seqs 128 --max-num-batched-tokens 8192 --no-enable-prefix-caching)
+latency() { checkpoint; headrace bench latency "$MODEL" "${engine[@]}" --csv "$out/latency.csv"; }
+profile() {
+  checkpoint
+  for batch in ${BATCHES:-1 16 64}; do
+    headrace bench profile "$MODEL" --batch "$batch" "${engine[@]}" --csv "$out/profile_$batch.csv"
+  done
+}
+startup() { checkpoint; headrace bench startup "$MODEL" --csv "$out/startup.csv"; }
+serve() {
+  checkpoint
+  headrace bench sweep "$MODEL" --users "${USERS:-1,16,80}" --out "$out" \
+    --serve-args "--max-num-seqs 128 --no-enable-prefix-caching"
+}
+
+failed=0
+for stage in "${stages[@]}"; do
+  echo "== $stage"
+  SECONDS=0
+  "$stage" 2>&1 | tee "$out/$stage.log" || failed=1
+  echo "== $stage took $SECONDS s"
+done
+exit $failed
