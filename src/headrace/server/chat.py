@@ -153,10 +153,7 @@ class Chat:
         )
 
     async def stream(self) -> AsyncGenerator[ChatChunk, None]:
-        """Yield the role of each answer, then its pieces as they come."""
-        for index in range(self._request.n):
-            first = ChatMessage(role="assistant", content="")
-            yield self._chunk([ChatChunkChoice(index=index, delta=first, finish_reason=None)])
+        """Yield each answer's pieces as they come, its role with its first token."""
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 yield self._chunk([piece])
@@ -167,21 +164,23 @@ class Chat:
         return merge([self._choice(index) for index in range(self._request.n)])
 
     async def _choice(self, index: int) -> AsyncGenerator[ChatChunkChoice, None]:
-        """Yield one answer in pieces, the last one with its finish_reason."""
+        """Yield one answer in pieces: its role once there is a token, at last its finish_reason."""
         params = with_seed(self._params, index)
         parser = self._parser()
         reader = AnswerReader(self._serving.tokenizer, self._request, parser, index)
         timer = self._serving.timer(len(self._prompt), params)
+        role = ChatMessage(role="assistant", content="")
+        opening = [ChatChunkChoice(index=index, delta=role, finish_reason=None)]
         for token_id in self._forced:
-            for piece in reader.pieces(parser.feed(token_id)):
-                yield piece
+            opening += reader.pieces(parser.feed(token_id))
         async with aclosing(
             self._serving.generate(self._request.model, self._prompt, params, timer)
         ) as outputs:
             async for output in outputs:
                 self._num_tokens[index] += len(output.token_ids)
                 self._num_cached = max(self._num_cached, output.num_cached_tokens)
-                for piece in reader.take(output):
+                pieces, opening = opening + reader.take(output), []
+                for piece in pieces:
                     yield piece
                 self._num_reasoning[index] = parser.num_reasoning_tokens
                 if reader.finish_reason is not None:
