@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Adapter:
         """The largest rank of any target."""
         return max(factors.rank for factors in self.factors.values())
 
+    def owned(self, pin: bool) -> Adapter:
+        """A copy that the file's fate doesn't touch; with pin, in pinned memory."""
+        return replace(self, factors={key: f.owned(pin) for key, f in self.factors.items()})
+
     @property
     def num_bytes(self) -> int:
         """Of all factors."""
@@ -67,9 +71,8 @@ def read_adapter(
     targets: Iterable[Target],
     base: BaseTensor,
     max_rank: int = 512,
-    pin: bool = False,
 ) -> Adapter:
-    """Read an adapter for a model with these targets; with pin, into page-locked memory.
+    """Read an adapter for a model with these targets. Its tensors are mapped from the file.
 
     Raises ConfigError naming every field or tensor that can't be applied, and the reason.
     """
@@ -78,15 +81,13 @@ def read_adapter(
         with _open(path) as file:
             reader = _Reader(file, config, {t.key: t for t in targets}, base, max_rank)
             factors = reader.read()
-            # the file may be replaced while its tensors are in use
-            owned = {key: f.owned(pin) for key, f in factors.items() if not reader.problems}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path / TENSORS_NAME}: {error}") from error
     if reader.problems:
         shown = "; ".join(reader.problems[:SHOWN])
         more = f"; and {len(reader.problems) - SHOWN} more" if len(reader.problems) > SHOWN else ""
         raise ConfigError(f"adapter {path}: {shown}{more}")
-    return Adapter(path, config, owned, tuple(_warnings(config, owned, reader.targets)))
+    return Adapter(path, config, factors, tuple(_warnings(config, factors, reader.targets)))
 
 
 class _Reader:

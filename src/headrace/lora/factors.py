@@ -36,7 +36,7 @@ class Factors:
         return self.a.nbytes + self.b.nbytes
 
     def owned(self, pin: bool) -> Factors:
-        """A copy in memory of its own, in the same order of bytes; with pin, page-locked."""
+        """A copy in memory of its own, in the same order of bytes; with pin, in pinned memory."""
         a, b = (t.pin_memory() if pin else t.clone() for t in (self.a, self.b))
         return Factors(a, b, self.scale)
 

@@ -187,7 +187,10 @@ class Tables:
     def set_column(self, slot: int, column: Tables) -> None:
         """Replace the entries of one slot."""
         for name, values in vars(column).items():
-            getattr(self, name)[:, slot : slot + 1].copy_(values)
+            target = getattr(self, name)[:, slot : slot + 1]
+            # from pinned memory, or the host would wait for the launched step
+            source = values.pin_memory() if target.is_cuda else values
+            target.copy_(source, non_blocking=True)
 
 
 def sizes_of(factors: Mapping[str, Factors]) -> Sizes:

@@ -14,23 +14,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
-
 from headrace.config import ConfigError
-from headrace.lora.adapter import TENSORS_NAME, Adapter, BaseTensor, read_adapter
-from headrace.lora.check import check_adapter
+from headrace.lora.adapter import Adapter, BaseTensor
+from headrace.lora.loader import FAILURES, Files, Loader, Stamp
 from headrace.lora.memory import LoraMemory, Placement, Sizes, sizes_of
 
 log = logging.getLogger(__name__)
-
-# A load that fails so is the adapter's fault or the memory's, and not the end of the engine.
-FAILURES = (ConfigError, OSError, MemoryError, torch.OutOfMemoryError)
 
 R = TypeVar("R")  # a request; the pool only keeps and returns them
 
@@ -44,7 +39,7 @@ class Lora(Generic[R]):
     path: Path
     sizes: Sizes
     max_rank: int
-    stamp: tuple[int, int]  # of the file when it was read
+    stamp: Stamp  # of the file when it was read
     adapter: Adapter | None  # the copy in CPU memory, if there is one now
     slot: int | None = None  # set while it has a place on the device
     placement: Placement | None = None
@@ -82,20 +77,18 @@ class LoraPool(Generic[R]):
     def __init__(self, memory: LoraMemory, base: BaseTensor, max_cpu_loras: int) -> None:
         self.memory = memory
         self.names: dict[str, Lora[R]] = {}
-        self._base = base
         self._max_cpu_loras = max_cpu_loras
         self._capacity = memory.ranges.num_free
-        self._device = memory.weights.memory.device
         self._free_slots = list(range(memory.num_slots))
         self.resident: list[Lora[R]] = []  # on the device or on their way to it
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
         self._in_cpu: list[Lora[R]] = []
-        self._reads: dict[str, Future[Lora[R]]] = {}
+        self._reads: dict[str, tuple[Path, Future[tuple[Stamp, Adapter]]]] = {}
         self._copies: dict[Lora[R], Future[Adapter]] = {}
         self._announced: set[Lora[R]] = set()  # loads told with the end of their first copy
         self._uids, self._clock = count(1), count(1)
-        self._loader = ThreadPoolExecutor(1, "lora-loader")
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._keeps: dict[Lora[R], Future[Adapter]] = {}
+        self._loader = Loader(memory, base)
 
     # What the engine asks for
 
@@ -104,9 +97,10 @@ class LoraPool(Generic[R]):
 
         in_place replaces the adapter of that name: requests that are there keep the old one.
         """
-        if name in self._reads or (name in self.names and not in_place):
+        is_loading = name in self._reads or any(x.name == name for x in self._announced)
+        if is_loading or (name in self.names and not in_place):
             raise ConfigError(f"the LoRA adapter '{name}' is already loaded")
-        self._reads[name] = self._loader.submit(self._read, name, path)
+        self._reads[name] = path, self._loader.read(path)
 
     def unload(self, name: str) -> None:
         """Forget a name; its memory is free when its last request is done."""
@@ -140,21 +134,27 @@ class LoraPool(Generic[R]):
     def advance(self) -> PoolNews[R]:
         """Take note of what has been loaded, and begin what can be: call it before each step."""
         news: PoolNews[R] = PoolNews()
-        for name in [n for n, f in self._reads.items() if f.done()]:
-            self._finish_read(name, self._reads.pop(name), news)
+        for name in [n for n, (_, f) in self._reads.items() if f.done()]:
+            self._finish_read(name, *self._reads.pop(name), news)
         for lora in [x for x, f in self._copies.items() if f.done()]:
             self._finish_copy(lora, self._copies.pop(lora), news)
+        for lora in [x for x, f in self._keeps.items() if f.done()]:
+            self._finish_keep(lora, self._keeps.pop(lora))
         self._serve_wanted(news)
         return news
 
     @property
     def is_loading(self) -> bool:
         """Whether advance() will have something to tell without anything else happening."""
-        return bool(self._reads or self._copies)
+        return bool(self._reads or self._copies or self._keeps)
 
     def wait(self, seconds: float) -> None:
         """Sleep until a load ends, or for that long."""
-        futures: list[Future] = [*self._reads.values(), *self._copies.values()]
+        futures: list[Future] = [
+            *(future for _, future in self._reads.values()),
+            *self._copies.values(),
+            *self._keeps.values(),
+        ]
         wait(futures, seconds, return_when="FIRST_COMPLETED")
 
     def check(self) -> None:
@@ -167,61 +167,71 @@ class LoraPool(Generic[R]):
         assert all(lora.parked for lora in self._wanted), self._wanted
 
     def close(self) -> None:
-        """Let the loader end."""
-        self._loader.shutdown(cancel_futures=True)
+        """Let the threads end."""
+        self._loader.close()
 
     # Reading
 
-    def _read(self, name: str, path: Path) -> Lora[R]:
-        """On the loader's thread."""
-        stamp = file_stamp(path)
-        adapter = self._read_files(path)
-        sizes = sizes_of(adapter.factors)
-        if sum(sizes.values()) > self._capacity:
-            itemsize = self.memory.weights.memory.itemsize
-            raise ConfigError(
-                f"adapter {path} takes {sum(sizes.values()) * itemsize} bytes; "
-                f"--lora-memory holds {self._capacity * itemsize}"
-            )
-        return Lora(next(self._uids), name, path, sizes, adapter.max_rank, stamp, adapter)
-
-    def _read_files(self, path: Path) -> Adapter:
-        max_rank = self.memory.weights.max_rank
-        targets = self.memory.targets.values()
-        return read_adapter(path, targets, self._base, max_rank, pin=self._stream is not None)
-
-    def _finish_read(self, name: str, future: Future[Lora[R]], news: PoolNews[R]) -> None:
+    def _finish_read(
+        self, name: str, path: Path, future: Future[tuple[Stamp, Adapter]], news: PoolNews[R]
+    ) -> None:
         """Make an adapter known; if there is room, try it on the device before that is told."""
         try:
-            lora = future.result()
+            stamp, adapter = future.result()
+            sizes = sizes_of(adapter.factors)
+            self._check_size(sum(sizes.values()))
         except FAILURES as error:
             news.loads.append((name, error))
             return
-        if name in self.names:
-            self._retire(self.names[name])
-        self.names[name] = lora
-        self._keep_in_cpu(lora)
+        lora = Lora[R](next(self._uids), name, path, sizes, adapter.max_rank, stamp, adapter)
         log.info("adapter %s: %d targets, rank %d", name, len(lora.sizes), lora.max_rank)
-        assert lora.adapter is not None
-        for warning in lora.adapter.warnings:
+        for warning in adapter.warnings:
             log.warning("adapter %s: %s", name, warning)
         if not self._wanted and self._free_slots and self._place(lora):
             self._announced.add(lora)
             self._begin_copy(lora)
         else:
-            news.loads.append((name, None))
+            self._begin_keep(lora, adapter)
+            self._announce(lora, news)
 
-    def _keep_in_cpu(self, lora: Lora[R]) -> None:
+    def _check_size(self, num_elements: int) -> None:
+        if num_elements > self._capacity:
+            itemsize = self.memory.weights.memory.itemsize
+            raise ConfigError(
+                f"the adapter takes {num_elements * itemsize} bytes; "
+                f"--lora-memory holds {self._capacity * itemsize}"
+            )
+
+    def _announce(self, lora: Lora[R], news: PoolNews[R]) -> None:
+        """From now on requests of this name get this load."""
+        if lora.name in self.names:
+            self._retire(self.names[lora.name])
+        self.names[lora.name] = lora
+        news.loads.append((lora.name, None))
+
+    def _begin_keep(self, lora: Lora[R], adapter: Adapter) -> None:
+        """Have CPU memory hold what is only mapped from the file, beside all other work."""
+        lora.adapter = adapter
+        self._keeps[lora] = self._loader.keep(adapter)
+
+    def _finish_keep(self, lora: Lora[R], future: Future[Adapter]) -> None:
         """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
-        lora.last_used = next(self._clock)
-        if lora not in self._in_cpu:
+        try:
+            lora.adapter = future.result()
+        except FAILURES as error:
+            log.warning("adapter %s stays on disk: %s", lora.name, error)
+            lora.adapter = None
+            return
+        if lora.retired:
+            self._drop_if_idle(lora)
+        if lora.adapter is not None:
             self._in_cpu.append(lora)
-        spare = [x for x in self._in_cpu if x is not lora and not x.retired]
+            lora.last_used = next(self._clock)
+        spare = [x for x in self._in_cpu if x is not lora and x not in self._copies]
         spare.sort(key=lambda x: x.last_used)
         for other in spare[: max(0, len(self._in_cpu) - self._max_cpu_loras)]:
-            if other not in self._copies:
-                other.adapter = None
-                self._in_cpu.remove(other)
+            other.adapter = None
+            self._in_cpu.remove(other)
 
     # Turns
 
@@ -272,9 +282,11 @@ class LoraPool(Generic[R]):
         room = self.memory.ranges.num_free + sum(x.size for x in leaving)
         needed = sum(x.size for x in absent)
         for victim in staying:
-            if slots >= len(absent) and room >= needed:
+            # at least one: the room that there is may be in pieces
+            if leaving and slots >= len(absent) and room >= needed:
                 return
             victim.closed = True
+            leaving.append(victim)
             slots += 1
             room += victim.size
 
@@ -303,7 +315,7 @@ class LoraPool(Generic[R]):
 
     def _drop_if_idle(self, lora: Lora[R]) -> None:
         """Free all memory of an unloaded adapter whose requests are done."""
-        if lora.holders or lora.parked or lora in self._copies:
+        if lora.holders or lora.parked or lora in self._copies or lora in self._keeps:
             return
         if lora in self.resident:
             self._evict(lora)
@@ -314,59 +326,30 @@ class LoraPool(Generic[R]):
     # Copying
 
     def _begin_copy(self, lora: Lora[R]) -> None:
-        """Fill the place of an adapter, once no launched step can still read what was there."""
-        launched = torch.cuda.current_stream().record_event() if self._stream else None
-        self._copies[lora] = self._loader.submit(self._copy, lora, lora.adapter, launched)
-
-    def _copy(
-        self, lora: Lora[R], adapter: Adapter | None, launched: torch.cuda.Event | None
-    ) -> Adapter:
-        """On the loader's thread."""
-        if adapter is None:
-            adapter = self._read_again(lora)
+        """Fill the place of an adapter."""
         assert lora.placement is not None, lora
         assert lora.slot is not None, lora
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            if self._stream is not None and launched is not None:
-                self._stream.wait_event(launched)
-            self.memory.write(lora.placement, adapter.factors)
-            if not lora.checked:
-                alone = self.memory.alone(lora.slot, lora.placement, adapter.factors)
-                log.info(
-                    "adapter %s: %s",
-                    lora.name,
-                    check_adapter(alone, self.memory.sites, lora.slot, adapter),
-                )
-            if self._stream is not None:
-                self._stream.synchronize()
-        return adapter
-
-    def _read_again(self, lora: Lora[R]) -> Adapter:
-        """From disk, for an adapter that had to leave CPU memory."""
-        if file_stamp(lora.path) != lora.stamp:
-            raise ConfigError(f"{lora.path} has changed since it was loaded; load it again")
-        return self._read_files(lora.path)
+        source = lora.adapter or Files(lora.path, lora.stamp)
+        self._copies[lora] = self._loader.copy(source, lora.slot, lora.placement, lora.checked)
 
     def _finish_copy(self, lora: Lora[R], future: Future[Adapter], news: PoolNews[R]) -> None:
         """Open a slot whose adapter has arrived, or give the place back."""
         assert lora.slot is not None, lora
         assert lora.placement is not None, lora
-        error: Exception | None = None
         lora.ready = True  # or else its place can be given back
         try:
             adapter = future.result()
-        except FAILURES as failure:
-            error = failure
-            self._give_up(lora, failure, news)
+        except FAILURES as error:
+            self._give_up(lora, error, news)
         else:
-            lora.checked = True
-            lora.adapter = adapter
-            self._keep_in_cpu(lora)
             self.memory.publish(lora.slot, lora.placement, adapter.factors)
+            lora.checked = True
+            if lora not in self._in_cpu and lora not in self._keeps:
+                self._begin_keep(lora, adapter)
+            if lora in self._announced:
+                self._announce(lora, news)
             self._release(lora, news)
-        if lora in self._announced:
-            self._announced.remove(lora)
-            news.loads.append((lora.name, error))
+        self._announced.discard(lora)
         if lora.retired:
             self._drop_if_idle(lora)
 
@@ -376,17 +359,10 @@ class LoraPool(Generic[R]):
         log.error("%s", reason)
         if lora.parked:
             self._wanted.remove(lora)
+        if lora in self._announced:
+            news.loads.append((lora.name, error))
         news.failed += [(request, reason) for request in lora.parked]
         lora.parked.clear()
         lora.retired = True
         if self.names.get(lora.name) is lora:
             del self.names[lora.name]
-
-
-def file_stamp(path: Path) -> tuple[int, int]:
-    """Changes when the adapter's tensors are written again; (0, 0) if there are none."""
-    file = path / TENSORS_NAME
-    if not file.exists():
-        return 0, 0
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size

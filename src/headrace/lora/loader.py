@@ -1,0 +1,107 @@
+"""The threads that bring adapters from disk to the device and to CPU memory."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headrace.config import ConfigError
+from headrace.lora.adapter import TENSORS_NAME, Adapter, BaseTensor, read_adapter
+from headrace.lora.check import check_adapter
+from headrace.lora.memory import LoraMemory, Placement
+
+log = logging.getLogger(__name__)
+
+# What fails so is the adapter's fault or the memory's, and not the end of the engine.
+FAILURES = (ConfigError, OSError, MemoryError, torch.OutOfMemoryError)
+
+Stamp = tuple[int, int]  # changes when an adapter's tensors are written again
+
+
+@dataclass(frozen=True)
+class Files:
+    """An adapter that has to be read again, from files that must be as they were."""
+
+    path: Path
+    stamp: Stamp
+
+
+class Loader:
+    """Reads and copies on one thread, and beside it keeps what was read in CPU memory.
+
+    On the GPU it copies on a stream of its own, so that the steps go on.
+    """
+
+    def __init__(self, memory: LoraMemory, base: BaseTensor) -> None:
+        self._memory = memory
+        self._base = base
+        self._loading = ThreadPoolExecutor(1, "lora-loader")
+        self._keeping = ThreadPoolExecutor(1, "lora-keeper")
+        device = memory.weights.memory.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def read(self, path: Path) -> Future[tuple[Stamp, Adapter]]:
+        """The adapter of a directory, mapped from its files; the stamp is from before it."""
+        return self._loading.submit(lambda: (file_stamp(path), self._read(path)))
+
+    def copy(
+        self, source: Adapter | Files, slot: int, placement: Placement, checked: bool
+    ) -> Future[Adapter]:
+        """Write an adapter to its place, once no launched step can still read what was there.
+
+        checked: the self-check has passed before.
+        """
+        launched = torch.cuda.current_stream().record_event() if self._stream else None
+        return self._loading.submit(self._copy, source, slot, placement, checked, launched)
+
+    def keep(self, adapter: Adapter) -> Future[Adapter]:
+        """A copy in CPU memory, from where the device can fetch it without the files."""
+        return self._keeping.submit(adapter.owned, self._stream is not None)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._loading.shutdown(cancel_futures=True)
+        self._keeping.shutdown(cancel_futures=True)
+
+    def _read(self, path: Path) -> Adapter:
+        targets = self._memory.targets.values()
+        return read_adapter(path, targets, self._base, self._memory.weights.max_rank)
+
+    def _read_again(self, files: Files) -> Adapter:
+        if file_stamp(files.path) != files.stamp:
+            raise ConfigError(f"{files.path} has changed since it was loaded; load it again")
+        return self._read(files.path)
+
+    def _copy(
+        self,
+        source: Adapter | Files,
+        slot: int,
+        placement: Placement,
+        checked: bool,
+        launched: torch.cuda.Event | None,
+    ) -> Adapter:
+        adapter = self._read_again(source) if isinstance(source, Files) else source
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            if self._stream is not None and launched is not None:
+                self._stream.wait_event(launched)
+            self._memory.write(placement, adapter.factors)
+            if not checked:
+                alone = self._memory.alone(slot, placement, adapter.factors)
+                result = check_adapter(alone, self._memory.sites, slot, adapter)
+                log.info("adapter %s: %s", adapter.path, result)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return adapter
+
+
+def file_stamp(path: Path) -> Stamp:
+    """When the adapter's tensors were written, in ns, and their size; (0, 0) if there are none."""
+    file = path / TENSORS_NAME
+    if not file.exists():
+        return 0, 0
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
