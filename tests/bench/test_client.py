@@ -25,7 +25,7 @@ async def test_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     outcome, server = await send(lambda i, body: completion(4), temperature=0.0)
     assert outcome.succeeded
-    assert len(outcome.chunk_times) == 4
+    assert len(outcome.chunk_times) == 5
     assert outcome.usage_tokens == 4
     assert outcome.text == " t0 t1 t2 t3"
     assert outcome.prompt_len == 3
@@ -41,7 +41,7 @@ async def test_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
-async def test_a_chat_whose_first_chunk_is_only_the_role() -> None:
+async def test_every_chunk_of_a_chat_counts_the_first_with_the_role_too() -> None:
     def script(i: int, body: dict[str, Any]) -> list[bytes]:
         deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "hm "}]
         deltas += [{"content": "yes"}, {"tool_calls": [{"index": 0}]}]
@@ -50,7 +50,7 @@ async def test_a_chat_whose_first_chunk_is_only_the_role() -> None:
 
     outcome, server = await send(script, chat=True)
     assert outcome.succeeded
-    assert len(outcome.chunk_times) == 4
+    assert len(outcome.chunk_times) == 5
     assert outcome.text == "hm yes"
     assert outcome.usage_tokens is None
     assert server.bodies[0]["messages"] == [{"role": "user", "content": [1, 2, 3]}]

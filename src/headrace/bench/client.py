@@ -26,7 +26,6 @@ class Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[Any] | None = None
 
     @property
     def text(self) -> str:
@@ -39,13 +38,6 @@ class Choice(msgspec.Struct):
 
     text: str | None = None
     delta: Delta | None = None
-    finish_reason: str | None = None
-
-    @property
-    def is_only_a_role(self) -> bool:
-        """Whether this opens a chat's answer and is no token: servers may send it at once."""
-        delta = self.delta
-        return bool(delta and not (delta.text or delta.tool_calls or self.finish_reason))
 
 
 class Usage(msgspec.Struct):
@@ -163,7 +155,7 @@ def note(chunk: Chunk, now: float, outcome: Outcome, texts: list[str]) -> None:
         outcome.error = f"in the stream: {error_message(chunk.error)}"[:MAX_REASON]
     if chunk.usage is not None:
         outcome.usage_tokens = chunk.usage.completion_tokens
-    if chunk.choices and not chunk.choices[0].is_only_a_role:
+    if chunk.choices:
         outcome.chunk_times.append(now)
         choice = chunk.choices[0]
         texts.append(choice.delta.text if choice.delta else choice.text or "")

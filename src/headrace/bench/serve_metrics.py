@@ -1,7 +1,6 @@
 """What a load's timeline means: the figures of vLLM's serving benchmark, by its definitions.
 
-- TTFT: from just before a request is sent to its first chunk that has choices. (A chat's chunk
-  that brings only the role doesn't count: a server may send it before any token is there.)
+- TTFT: from just before a request is sent to its first chunk that has choices.
 - ITL: the gaps between successive chunks, of all requests together.
 - E2EL: from just before a request is sent to its last chunk.
 - TPOT: (E2EL - TTFT) / (output tokens - 1), of requests with more than one output token.
