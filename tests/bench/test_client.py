@@ -25,7 +25,7 @@ async def test_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     outcome, server = await send(lambda i, body: completion(4), temperature=0.0)
     assert outcome.succeeded
-    assert len(outcome.chunk_times) == 5
+    assert len(outcome.chunk_times) == 4
     assert outcome.usage_tokens == 4
     assert outcome.text == " t0 t1 t2 t3"
     assert outcome.prompt_len == 3
