@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ PATIENCE = 0.01  # seconds that a step with nothing else to do waits for a load
 class Adapters:
     """The pool and its messages; without --enable-lora it knows no adapter.
 
-    Raises:
-        ConfigError: an adapter of --lora-modules can't be served, or the memory can't be had.
+    Raises ConfigError, here or in finish_modules, if an adapter of --lora-modules can't be served
+    or the memory can't be had.
     """
 
     def __init__(self, config: EngineConfig, model: Model) -> None:
@@ -37,17 +37,16 @@ class Adapters:
         self.pool: LoraPool[Request] | None = None
         if config.enable_lora:
             self.pool = make_pool(config, model)
-            self._load_all(self.pool, modules)
+            for name, path in modules:
+                self.pool.load(name, path)
         elif modules:
             raise ConfigError("--lora-modules needs --enable-lora")
 
-    @staticmethod
-    def _load_all(pool: LoraPool[Request], modules: Iterable[tuple[str, Path]]) -> None:
-        for name, path in modules:
-            pool.load(name, path)
-        while pool.is_loading:
-            pool.wait(PATIENCE)
-            for name, error in pool.advance().loads:
+    def finish_modules(self) -> None:
+        """Wait for the adapters of --lora-modules, whose self-checks want compiled kernels."""
+        while self.pool is not None and self.pool.is_loading:
+            self.pool.wait(PATIENCE)
+            for name, error in self.pool.advance().loads:
                 if error is not None:
                     raise ConfigError(f"--lora-modules {name}: {error}") from error
 

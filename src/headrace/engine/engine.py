@@ -77,6 +77,8 @@ class Engine:
                 warmed = warm_up(self._dry_run, self.model.device)
             with phases("graphs"):
                 self.runner.capture()
+        with phases("adapters"):
+            self.adapters.finish_modules()
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
         self.requests: dict[str, Request] = {}
         self.ready = self._ready(phases, weight_bytes, warmed)
