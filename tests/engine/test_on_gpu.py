@@ -17,6 +17,7 @@ from headrace.cli import BUNDLED_MODEL
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
+from tests.engine.toy_model import run
 from tests.oracles import transformers_model
 
 pytestmark = pytest.mark.gpu
@@ -47,17 +48,6 @@ def make_engine(path: Path, **config: Any) -> Engine:
 def ask(request_id: str, prompt: Sequence[int], **params: Any) -> AddRequest:
     values = {"max_tokens": 24, "temperature": 0.0, "logprobs": 2} | params
     return AddRequest(request_id, list(prompt), SamplingParams(**values), 0.0)
-
-
-def run(engine: Engine, *requests: AddRequest) -> dict[str, list[RequestOutput]]:
-    outputs: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
-    for request in requests:
-        engine.add_request(request)
-    while engine.has_work():
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-    engine.check()
-    return outputs
 
 
 def answer(outputs: list[RequestOutput]) -> list[tuple[list[int], list[float]]]:
