@@ -135,3 +135,12 @@ def test_the_table_has_floors_shares_and_ratios() -> None:
     lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     assert ["1", "2.00", "1.25", "62%", "3.20", "0.62", "500"] in lines
     assert ["1", "10.00", "51,200"] in lines
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_request_gets_the_same_tokens_at_every_batch_size(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "tiny", SIZES["tiny"], seed=0)
+    config = EngineConfig(model=tmp_path / "tiny", device="cuda", kv_cache_memory=100_000_000)
+    workload = Workload((1, 2, 5, 16), prompt=100, output=40)
+    assert run_latency(config, workload, tmp_path / "latency.csv") == 0
+    assert len((tmp_path / "latency.csv").read_text().splitlines()) == 5

@@ -8,7 +8,7 @@ import pytest
 from headrace.bench import floors
 from headrace.bench.floors import GPUS, Work, step_work
 from headrace.bench.profile import NUM_STEPS, decoding, gpu_rows, run_profile
-from headrace.bench.synth import SIZES
+from headrace.bench.synth import SIZES, write_synthetic
 from headrace.bench.timeline import Span, one_step
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
@@ -85,3 +85,19 @@ def test_an_unknown_gpu_has_no_floor() -> None:
 def test_sizes_that_do_not_fit(batch: int, prompt: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_profile(CONFIG, batch, prompt, None)
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_decode_step_and_a_prefill_on_the_gpu(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "tiny", SIZES["tiny"], seed=0)
+    config = EngineConfig(model=tmp_path / "tiny", device="cuda", kv_cache_memory=100_000_000)
+    run_profile(config, batch=3, prompt=100, csv=tmp_path / "profile.csv")
+    with (tmp_path / "profile.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for phase in ("decode", "prefill"):
+        us = {row["kernel"]: float(row["us"]) for row in rows if row["phase"] == phase}
+        whole = us.pop("the whole step")
+        assert sum(us.values()) == pytest.approx(whole)
+        for op in ("qkv", "attention", "output", "gate_up", "down", "lm_head"):
+            assert any(kernel.endswith(f" {op}") and t > 0 for kernel, t in us.items()), (op, us)
+        assert us["nothing, within a step"] >= 0
