@@ -40,7 +40,7 @@ class AdaptedModel:
         self.config, self.kv_layout = model.config, model.kv_layout
         self.device, self.dtype = model.device, model.dtype
         sites = model_sites(model.config)
-        self.memory = LoraMemory(sites, NUM_SLOTS, 64, 1 << 22, model.dtype, model.device)
+        self.memory = LoraMemory(sites, NUM_SLOTS, 64, 1 << 24, model.dtype, model.device)
         self.slot_of_seq: Sequence[int] = ()
         for slot, adapter in enumerate(adapters):
             placement = self.memory.place(sizes_of(adapter.factors))
