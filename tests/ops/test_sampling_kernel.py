@@ -96,9 +96,16 @@ def test_wrong_draws_are_found() -> None:
 @interpreted
 def test_more_candidates_than_there_is_room_for() -> None:
     torch.manual_seed(1)
-    logits = torch.rand(2, MAX_CANDIDATES + CHUNK + 5)
-    draws = make_draws([(1.0, 0, 0.9, 0), (1.0, 0, 0.8, 18_000)], [1, 0], "cpu")
-    check(logits, draws, random_uniform(2))
+    logits = torch.rand(3, MAX_CANDIDATES + CHUNK + 5)
+    logits[2] = 0.0
+    logits[2, 12_345] = 5.0
+    params = [
+        (1.0, 0, 0.9, 0),  # a finer bracket has room
+        (1.0, 0, 0.8, 18_000),  # the candidates alone have none
+        (1.0, 0, 0.6, 0),  # nor have equal ones
+    ]
+    draws = make_draws(params, [1, 0, 2], "cpu")
+    assert check(logits, draws, torch.full((3,), 0.7).double())[2] != 12_345
 
 
 @interpreted

@@ -15,7 +15,7 @@ from headrace.ops import dispatch
 from headrace.ops.arena import Take
 
 CHUNK = 4096  # tokens that one program of a kernel reads
-NUM_LEVELS = 8  # thresholds at which the kernels first measure a row
+NUM_LEVELS = 8  # thresholds at which the kernels measure a row, twice if need be
 MAX_CANDIDATES = 16384  # tokens that top_k and top_p may have to search before it takes a whole row
 
 
@@ -37,16 +37,16 @@ class SamplingBuffers:
 
     best: Tensor  # [num_rows, num_chunks] int64: the largest logit of a chunk and its token
     masses: Tensor  # [num_rows, num_chunks] int64: probability that may be drawn
-    level_counts: Tensor  # [num_rows, NUM_LEVELS, num_chunks] int32: tokens over each level
-    level_masses: Tensor  # [num_rows, NUM_LEVELS, num_chunks] int64: their probability
-    candidates: Tensor  # [num_rows, MAX_CANDIDATES] int32: tokens over the level that was chosen
+    level_counts: Tensor  # [num_rows, 2, NUM_LEVELS, num_chunks] int32: tokens over each level
+    level_masses: Tensor  # [num_rows, 2, NUM_LEVELS, num_chunks] int64: their probability
+    candidates: Tensor  # [num_rows, MAX_CANDIDATES] int32: tokens between two levels
     cuts: Tensor  # [num_rows, 2] int32: the last logit and the last token that are kept
 
 
 def sampling_buffers(take: Take, num_rows: int, vocab_size: int) -> SamplingBuffers:
     """Buffers for logits of at most so many rows."""
     num_chunks = -(-vocab_size // CHUNK)
-    levels = num_rows, NUM_LEVELS, num_chunks
+    levels = num_rows, 2, NUM_LEVELS, num_chunks
     return SamplingBuffers(
         best=take((num_rows, num_chunks), torch.int64),
         masses=take((num_rows, num_chunks), torch.int64),

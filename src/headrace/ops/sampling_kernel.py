@@ -6,8 +6,9 @@ such sums have the same bits in any order. A vocabulary of 2**18 tokens fits, an
 at most 2**-45 a token. Floats are compared as integers of the same order.
 
 top_k and top_p ask for the smallest logit that is kept. A first pass measures the row at a few
-levels under its maximum; the tokens over the first level that is surely low enough become
-candidates; one program a row narrows the answer down among these, by 8 pivots a pass.
+levels under its maximum, which brackets the answer; where too many tokens lie in the bracket, a
+second pass measures it at levels within. The tokens that are left become candidates, among which
+one program a row finds the answer, by 8 pivots a time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ LOWEST = tl.constexpr(-(2**63))  # below every ranked token
 FIRST_ORDER = tl.constexpr(-(2**31))  # below every float's order
 LAST_TOKEN = tl.constexpr(2**31 - 1)
 LEVELS = tl.constexpr(NUM_LEVELS)
-LEVEL_STEP = tl.constexpr(2.0)  # nats between two levels
+LEVEL_STEP = tl.constexpr(2.0)  # nats between two levels of the first pass
+MOST = tl.constexpr(MAX_CANDIDATES)
 
 
 @triton.jit
@@ -91,13 +93,6 @@ def _scaled(row_ptr, token, mask, temperature):
 
 
 @triton.jit
-def _level_bound(level, largest):
-    """The smallest scaled logit over a level. The last level has (almost) every float over it."""
-    step = tl.where(level == LEVELS - 1, 3e38, LEVEL_STEP * (level + 1))
-    return largest - step
-
-
-@triton.jit
 def _limits(draw, top_k_ptr, top_p_ptr, vocab):
     """top_k, 0 if it keeps all, and top_p."""
     top_k = tl.load(top_k_ptr + draw)
@@ -135,18 +130,113 @@ def argmax_kernel(best_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
     tl.store(out_ptr + row, _token(_best(best_ptr, row, num_chunks, CHUNKS)))
 
 
+@triton.jit
+def _first_orders(largest):
+    """Levels of the first pass, falling; the last one has (almost) every float over it."""
+    level = tl.arange(0, LEVELS)
+    return _order(largest - tl.where(level == LEVELS - 1, 3e38, LEVEL_STEP * (level + 1)))
+
+
+@triton.jit
+def _finer_orders(low, high):
+    """Levels of the second pass, falling from `high` to `low`."""
+    return (high - (high - low) * (tl.arange(0, LEVELS) + 1) // LEVELS).to(tl.int32)
+
+
+@triton.jit
+def _over_level(ptr, at, num_chunks, end, CHUNKS: tl.constexpr):
+    """Number or mass over a level in the chunks before `end`; 0 for the level -1."""
+    chunk = tl.arange(0, CHUNKS)
+    return tl.sum(tl.load(ptr + at * num_chunks + chunk, mask=(chunk < end) & (at >= 0), other=0))
+
+
+@triton.jit
+def _narrow(
+    orders,  # [LEVELS]
+    first_at,
+    high,
+    high_at,
+    target,
+    by_count,
+    level_counts_ptr,
+    level_masses_ptr,
+    num_chunks,
+    CHUNKS: tl.constexpr,
+):
+    """The first level over which the target is reached, and but for top_k the one before it."""
+    level = tl.arange(0, LEVELS)
+    chunk = tl.arange(0, CHUNKS)
+    place = (first_at + level)[:, None] * num_chunks + chunk[None, :]
+    mask = (chunk < num_chunks)[None, :]
+    counts = tl.sum(tl.load(level_counts_ptr + place, mask=mask, other=0), 1)
+    masses = tl.sum(tl.load(level_masses_ptr + place, mask=mask, other=0), 1)
+    missed = tl.where(by_count, counts.to(tl.int64), masses) < target
+    chosen = tl.minimum(tl.sum(missed.to(tl.int32)), LEVELS - 1)
+    low = tl.sum(tl.where(level == chosen, orders, 0)).to(tl.int64)
+    before = tl.sum(tl.where(level == chosen - 1, orders, 0)).to(tl.int64)
+    closer = (chosen > 0) & (not by_count)
+    high = tl.where(closer, before, high)
+    high_at = tl.where(closer, first_at + chosen - 1, high_at)
+    return low, high, first_at + chosen, high_at
+
+
+@triton.jit
+def _bracket(
+    draw,
+    top_k,
+    top_p,
+    largest,
+    level_counts_ptr,
+    level_masses_ptr,
+    num_chunks,
+    FINER: tl.constexpr,  # whether there has been a second pass
+    CHUNKS: tl.constexpr,
+):
+    """Orders low <= x < high of the last token that top_k, or without it top_p, keeps.
+
+    With top_k all larger ones are in the bracket, for their mass must be known.
+    Returns low and high, the levels they are, the number of tokens between them, and the number
+    (top_k) or mass (top_p) that the kept tokens must reach.
+    """
+    first_at = draw * 2 * LEVELS
+    all_at = first_at + LEVELS - 1
+    num_all = _over_level(level_counts_ptr, all_at, num_chunks, num_chunks, CHUNKS)
+    total = _over_level(level_masses_ptr, all_at, num_chunks, num_chunks, CHUNKS)
+    by_count = top_k > 0
+    target = tl.where(by_count, tl.minimum(top_k, num_all).to(tl.int64), _target(top_p, total))
+    high = _order(largest).to(tl.int64) + 1
+    low, high, low_at, high_at = _narrow(
+        _first_orders(largest), first_at, high, tl.full([], -1, tl.int32), target, by_count,
+        level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS,
+    )  # fmt: skip
+    size = _over_level(level_counts_ptr, low_at, num_chunks, num_chunks, CHUNKS)
+    size -= _over_level(level_counts_ptr, high_at, num_chunks, num_chunks, CHUNKS)
+    if FINER:  # noqa: SIM102 (Triton would evaluate both sides of an `and`)
+        if size > MOST:
+            low, high, low_at, high_at = _narrow(
+                _finer_orders(low, high), first_at + LEVELS, high, high_at, target, by_count,
+                level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS,
+            )  # fmt: skip
+            size = _over_level(level_counts_ptr, low_at, num_chunks, num_chunks, CHUNKS)
+            size -= _over_level(level_counts_ptr, high_at, num_chunks, num_chunks, CHUNKS)
+    return low, high, low_at, high_at, size, target
+
+
 @triton.jit(do_not_specialize=["num_chunks"])
 def levels_kernel(
     logits_ptr,
     rows_ptr,
     temperature_ptr,
     log_min_p_ptr,
+    top_k_ptr,
+    top_p_ptr,
     best_ptr,
-    level_counts_ptr,  # [num_filtered, LEVELS, num_chunks] int32
-    level_masses_ptr,  # [num_filtered, LEVELS, num_chunks] int64
+    level_counts_ptr,  # [num_filtered, 2 passes, LEVELS, num_chunks] int32
+    level_masses_ptr,  # [num_filtered, 2 passes, LEVELS, num_chunks] int64
     stride_row,
     vocab,
     num_chunks,
+    FINER: tl.constexpr,  # the second pass
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -156,45 +246,28 @@ def levels_kernel(
     row, temperature, largest, floor = _draw_params(
         draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
     )
+    orders = _first_orders(largest)
+    first_at = draw * 2 * LEVELS
+    if FINER:
+        top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
+        low, high, _, _, size, _ = _bracket(
+            draw, top_k, top_p, largest, level_counts_ptr, level_masses_ptr, num_chunks, False,
+            CHUNKS,
+        )  # fmt: skip
+        if size <= MOST:
+            return
+        orders = _finer_orders(low, high)
+        first_at += LEVELS
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     y = _scaled(logits_ptr + row * stride_row, token, token < vocab, temperature)
-    mass = _mass(y, largest)
+    order, mass = _order(y), _mass(y, largest)
     kept = (token < vocab) & (y >= floor)
     for level in range(LEVELS):  # unrolled it would need twice the registers
-        over = kept & (y >= _level_bound(level, largest))
-        place = (draw * LEVELS + level) * num_chunks + chunk
+        bound = tl.sum(tl.where(tl.arange(0, LEVELS) == level, orders, 0))
+        over = kept & (order >= bound)
+        place = (first_at + level) * num_chunks + chunk
         tl.store(level_counts_ptr + place, tl.sum(over.to(tl.int32)))
         tl.store(level_masses_ptr + place, tl.sum(tl.where(over, mass, 0)))
-
-
-@triton.jit
-def _choose_level(
-    draw,
-    top_k,
-    top_p,
-    level_counts_ptr,
-    level_masses_ptr,
-    num_chunks,
-    CHUNKS: tl.constexpr,
-):
-    """The first level with all of the top_k over it, or without top_k all that top_p asks for.
-
-    Returns the level, the number of tokens over it, and number and mass of the whole row.
-    """
-    level = tl.arange(0, LEVELS)
-    chunk = tl.arange(0, CHUNKS)
-    place = (draw * LEVELS + level)[:, None] * num_chunks + chunk[None, :]
-    mask = (chunk < num_chunks)[None, :]
-    counts = tl.sum(tl.load(level_counts_ptr + place, mask=mask, other=0), 1)
-    masses = tl.sum(tl.load(level_masses_ptr + place, mask=mask, other=0), 1)
-    num_all = tl.max(counts)
-    total = tl.max(masses)
-    with_k = counts >= tl.minimum(top_k, num_all)
-    with_p = masses >= _target(top_p, total)
-    low_enough = ((top_k > 0) & with_k) | ((top_k == 0) & with_p) | (level == LEVELS - 1)
-    chosen = LEVELS - tl.sum(low_enough.to(tl.int32))
-    size = tl.sum(tl.where(level == chosen, counts, 0))
-    return chosen, size, num_all, total
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -208,33 +281,33 @@ def candidates_kernel(
     best_ptr,
     level_counts_ptr,
     level_masses_ptr,
-    candidates_ptr,  # [num_filtered, MAX_CANDIDATES] int32
+    candidates_ptr,  # [num_filtered, MOST] int32
     stride_row,
     vocab,
     num_chunks,
-    MAX_CANDIDATES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Write one chunk's tokens over the row's level, in their order, unless they are too many."""
+    """Write one chunk's tokens in the row's bracket, by their ids, unless they are too many."""
     chunk = tl.program_id(0)
     draw = tl.program_id(1)
     top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
-    level, size, _, _ = _choose_level(
-        draw, top_k, top_p, level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS
+    row, temperature, largest, floor = _draw_params(
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
     )
-    if size <= MAX_CANDIDATES:
-        chunks = tl.arange(0, CHUNKS)
-        earlier = level_counts_ptr + (draw * LEVELS + level) * num_chunks + chunks
-        before = tl.sum(tl.load(earlier, mask=chunks < chunk, other=0))
-        row, temperature, largest, floor = _draw_params(
-            draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
-        )
+    low, high, low_at, high_at, size, _ = _bracket(
+        draw, top_k, top_p, largest, level_counts_ptr, level_masses_ptr, num_chunks, True, CHUNKS
+    )
+    if size <= MOST:
+        earlier = _over_level(level_counts_ptr, low_at, num_chunks, chunk, CHUNKS)
+        earlier -= _over_level(level_counts_ptr, high_at, num_chunks, chunk, CHUNKS)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         y = _scaled(logits_ptr + row * stride_row, token, token < vocab, temperature)
-        over = (token < vocab) & (y >= floor) & (y >= _level_bound(level, largest))
-        place = before + tl.cumsum(over.to(tl.int32), 0) - 1
-        tl.store(candidates_ptr + draw * MAX_CANDIDATES + place, token, mask=over)
+        order = _order(y)
+        between = (order >= low.to(tl.int32)) & (order <= (high - 1).to(tl.int32))
+        inside = (token < vocab) & (y >= floor) & between
+        place = earlier + tl.cumsum(inside.to(tl.int32), 0) - 1
+        tl.store(candidates_ptr + draw * MOST + place, token, mask=inside)
 
 
 @triton.jit
@@ -265,8 +338,11 @@ def _search_block(
 
 @triton.jit
 def _cut(
-    target,  # int64
-    low,  # int64
+    target,
+    low,
+    high,
+    above,
+    base,
     num,
     listed,
     candidates_ptr,
@@ -282,13 +358,12 @@ def _cut(
 ):
     """Keep the fewest of the tokens kept so far whose number (or mass) reaches the target.
 
-    The invariant: the tokens of at least the order `low` reach it, those of at least `high` don't.
+    The tokens of at least the order `low` reach it; those of at least `high` don't, they come to
+    `above`. Tokens that are not searched come to `base`. All int64.
     """
-    high = _order(largest).to(tl.int64) + 1
-    above = tl.full([], 0, tl.int64)  # number or mass of the tokens over `low`, in the end
     while high - low > 1:
         pivots = low + (((high - low) * tl.arange(0, PIVOTS)) // PIVOTS)
-        reached = tl.zeros([PIVOTS], tl.int64)
+        reached = tl.zeros([PIVOTS], tl.int64) + base
         for start in range(0, num, BLOCK):
             _, order, mass, kept = _search_block(
                 start, num, listed, candidates_ptr, row_ptr, temperature, largest, floor,
@@ -305,6 +380,7 @@ def _cut(
     each = tl.full([], 1, tl.int64)
     if BY_MASS:
         each = tl.maximum(_mass(_value(new_order), largest), 1)
+    # `high` is next to `low`: what is over it, is larger
     num_equal = ((target - above + each - 1) // each).to(tl.int32)  # to keep, by their ids
     new_token = tl.full([], LAST_TOKEN, tl.int32)
     seen = tl.full([], 0, tl.int32)
@@ -336,7 +412,6 @@ def search_kernel(
     stride_row,
     vocab,
     num_chunks,
-    MAX_CANDIDATES: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIVOTS: tl.constexpr,
@@ -347,23 +422,23 @@ def search_kernel(
     row, temperature, largest, floor = _draw_params(
         draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
     )
-    level, size, num_all, total = _choose_level(
-        draw, top_k, top_p, level_counts_ptr, level_masses_ptr, num_chunks, CHUNKS
+    low, high, _low_at, high_at, size, target = _bracket(
+        draw, top_k, top_p, largest, level_counts_ptr, level_masses_ptr, num_chunks, True, CHUNKS
     )
+    above = _over_level(level_masses_ptr, high_at, num_chunks, num_chunks, CHUNKS)
     row_ptr = logits_ptr + row * stride_row
-    candidates_ptr += draw * MAX_CANDIDATES
-    listed = size <= MAX_CANDIDATES
+    candidates_ptr += draw * MOST
+    listed = size <= MOST
     num = tl.where(listed, size, vocab)
-    low = _order(_level_bound(level, largest)).to(tl.int64)
+    base = tl.where(listed, above, 0)
     cut_order = tl.full([], FIRST_ORDER, tl.int32)
     cut_token = tl.full([], LAST_TOKEN, tl.int32)
     if top_k > 0:
         cut_order, cut_token = _cut(
-            tl.minimum(top_k, num_all).to(tl.int64), low, num, listed, candidates_ptr, row_ptr,
+            target, low, high, above, base, num, listed, candidates_ptr, row_ptr,
             temperature, largest, floor, cut_order, cut_token, False, BLOCK, PIVOTS,
         )  # fmt: skip
-    if top_p < 1.0:
-        if top_k > 0:
+        if top_p < 1.0:
             total = tl.full([], 0, tl.int64)
             for start in range(0, num, BLOCK):
                 _, _, mass, kept = _search_block(
@@ -371,8 +446,10 @@ def search_kernel(
                     cut_order, cut_token, BLOCK,
                 )  # fmt: skip
                 total += tl.sum(tl.where(kept, mass, 0))
+            target = _target(top_p, total)
+    if top_p < 1.0:
         cut_order, cut_token = _cut(
-            _target(top_p, total), low, num, listed, candidates_ptr, row_ptr,
+            target, low, high, above, base, num, listed, candidates_ptr, row_ptr,
             temperature, largest, floor, cut_order, cut_token, True, BLOCK, PIVOTS,
         )  # fmt: skip
     tl.store(cuts_ptr + draw * 2, cut_order)
@@ -647,18 +724,19 @@ def _draw(
     sizes = {"CHUNK": CHUNK, "CHUNKS": triton.next_power_of_2(num_chunks)}
     row = logits, draws.rows, draws.temperature, draws.log_min_p
     if num_filtered:
-        levels = buffers.level_counts, buffers.level_masses
-        limits = draws.top_k, draws.top_p
-        levels_kernel[(num_chunks, num_filtered)](
-            *row, buffers.best, *levels, *shape, **sizes, num_warps=8
-        )
-        candidates_kernel[(num_chunks, num_filtered)](
-            *row, *limits, buffers.best, *levels, buffers.candidates, *shape,
-            MAX_CANDIDATES=MAX_CANDIDATES, **sizes, num_warps=8,
+        measured = (
+            *row, draws.top_k, draws.top_p, buffers.best,
+            buffers.level_counts, buffers.level_masses,
         )  # fmt: skip
+        for finer in (False, True):
+            levels_kernel[(num_chunks, num_filtered)](
+                *measured, *shape, FINER=finer, **sizes, num_warps=8
+            )
+        candidates_kernel[(num_chunks, num_filtered)](
+            *measured, buffers.candidates, *shape, **sizes, num_warps=8
+        )
         search_kernel[(num_filtered,)](
-            *row, *limits, buffers.best, *levels, buffers.candidates, buffers.cuts, *shape,
-            MAX_CANDIDATES=MAX_CANDIDATES, CHUNKS=sizes["CHUNKS"],
+            *measured, buffers.candidates, buffers.cuts, *shape, CHUNKS=sizes["CHUNKS"],
             BLOCK=2048, PIVOTS=8, num_warps=8,
         )  # fmt: skip
     drawn = *row, buffers.best, buffers.cuts, buffers.masses
