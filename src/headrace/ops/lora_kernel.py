@@ -19,13 +19,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops.arena import Take
 from headrace.ops.lora import LoraRows, LoraSite
+from headrace.ops.prefetch_kernel import prefetch
 from headrace.ops.routing import SortedSlots, max_blocks
 
 NUM_SLICES = 4  # of K: each is summed on its own, then they are added in order
 FEW_ROWS = 1024  # up to so many rows, each slice has a program of its own
+FEW_BLOCKS = 32  # up to so many blocks, the factors B of all fit into L2 beside other things
 DENSE_BLOCK_N = 64
 _NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
 
@@ -74,11 +77,30 @@ def adapters_of_rows(slot_of_token_ptr, token, mask):
     return tl.where(slot < 0, _NO_ADAPTER, slot)
 
 
+@triton.jit
+def _prefetch_rows(memory_ptr, begin, first, end, columns):
+    """Bring rows first ... end - 1 of the factor at `begin` into L2."""
+    if first < end:
+        num_bytes = (end - first) * columns * (memory_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(memory_ptr + begin + first * columns, num_bytes)
+
+
+@triton.jit
+def _width(segment, WIDTHS: tl.constexpr):
+    """(columns before the segment, its own)."""
+    begin, width = 0, 0
+    for s in tl.static_range(len(WIDTHS)):
+        begin += tl.where(s < segment, WIDTHS[s], 0)
+        width += tl.where(s == segment, WIDTHS[s], 0)
+    return begin, width
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def shrink_kernel(
     x_ptr,  # [rows, in_features]
     memory_ptr,
     a_ptr,  # [num_segments, num_slots] int64
+    b_ptr,  # [num_segments, num_slots] int64
     rank_ptr,  # [num_segments, num_slots] int32
     parts_ptr,  # [num_parts, num_segments, num_rows, max_rank] float32
     order_ptr,  # [num_rows] int32: sorted rows
@@ -88,6 +110,7 @@ def shrink_kernel(
     num_slots,
     in_features,
     max_rank,
+    WIDTHS: tl.constexpr,  # of the segments
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
     EXPERTS: tl.constexpr,  # work_ptr holds blocks of experts
@@ -99,33 +122,53 @@ def shrink_kernel(
     TALL_M: tl.constexpr,  # rows of a product: BLOCK_M, at least the 64 of one instruction
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bring B into L2, and A while the kernel before is at work
+    EARLY: tl.constexpr,  # launched before the kernel before it has ended
 ):
     """parts[part, segment, row, r] = sum_k x[row, k] A[r, k] over the k of its slices."""
     block = tl.program_id(0)
     segment = tl.program_id(1) // RANK_TILES
     rank_tile = tl.program_id(1) % RANK_TILES
     part = tl.program_id(2)
+    if EARLY and EXPERTS:  # every program waits, for the next kernel waits for this one only
+        gdc_wait()
     if EXPERTS:
         expert, first, end = _block_of_experts(work_ptr, block)
     else:
         expert, first, end = _block_of_adapters(work_ptr, block, num_slots, SLOTS, BLOCK_M)
-    if expert < 0:
-        return
     place = tl.arange(0, TALL_M)
     row = first + place
-    row_mask = (row < end) & (place < BLOCK_M)
+    row_mask = (expert >= 0) & (row < end) & (place < BLOCK_M)
     pair = tl.load(order_ptr + row, mask=row_mask, other=0)
     adapter = adapters_of_rows(slot_of_token_ptr, pair // TOP_K, row_mask)
+    current = tl.min(adapter, 0)
+    a_ptr += segment * num_slots
+    b_ptr += segment * num_slots
+    rank_ptr += segment * num_slots
+    r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    # the parts share the rows of a tile
+    first_r = rank_tile * BLOCK_R + part * (BLOCK_R // tl.num_programs(2))
+    end_r = first_r + BLOCK_R // tl.num_programs(2)
+    if EARLY and not EXPERTS:
+        if PREFETCH:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if current < _NO_ADAPTER:
+                end_row = tl.minimum(end_r, tl.load(rank_ptr + current))
+                _prefetch_rows(memory_ptr, tl.load(a_ptr + current), first_r, end_row, in_features)
+        gdc_wait()
+    if current == _NO_ADAPTER:
+        return
     source = pair // TOP_K if GATHER else row
     x_ptrs = x_ptr + source[:, None].to(tl.int64) * in_features
-    r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros([TALL_M, BLOCK_R], tl.float32)
-    current = tl.min(adapter, 0)
     while current < _NO_ADAPTER:
-        rank = tl.load(rank_ptr + segment * num_slots + current)
+        rank = tl.load(rank_ptr + current)
         if rank_tile * BLOCK_R < rank:
-            start = tl.multiple_of(tl.load(a_ptr + segment * num_slots + current), 128)
-            start += expert.to(tl.int64) * rank * in_features
+            before = expert.to(tl.int64) * rank  # rows of the experts before
+            if PREFETCH:
+                _, width = _width(segment, WIDTHS)
+                begin = tl.load(b_ptr + current) + before * width
+                _prefetch_rows(memory_ptr, begin, first_r, tl.minimum(end_r, rank), width)
+            start = tl.multiple_of(tl.load(a_ptr + current), 128) + before * in_features
             a_ptrs = memory_ptr + start + r[None, :] * in_features
             mine = (adapter == current)[:, None]
             in_rank = (r < rank)[None, :]
@@ -141,6 +184,8 @@ def shrink_kernel(
                 total += acc
         adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
+    if EARLY:
+        gdc_launch_dependents()
     num_segments = tl.num_programs(1) // RANK_TILES
     out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
     out_ptrs = parts_ptr + out_row[:, None] * max_rank + r[None, :]
@@ -219,13 +264,13 @@ def expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, BLOCK_N columns of a segment."""
+    if EARLY:
+        gdc_wait()
     segment = tl.program_id(2)
-    begin, width = 0, 0
-    for s in tl.static_range(len(WIDTHS)):
-        begin += tl.where(s < segment, WIDTHS[s], 0)
-        width += tl.where(s == segment, WIDTHS[s], 0)
+    begin, width = _width(segment, WIDTHS)
     width = tl.multiple_of(width, ALIGN)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(1) * BLOCK_N >= width:
@@ -247,6 +292,8 @@ def expand_kernel(
         len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
         b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, NUM_PARTS, BLOCK_R,
     )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
     mask = (adapter < _NO_ADAPTER)[None, :] & (column < width)[:, None]
     y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -384,17 +431,19 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     num_slots = site.rank.shape[1]
     block_r = _shrink_tile(work.num_blocks * num_segments * num_parts, max_rank)
     rank_tiles = triton.cdiv(max_rank, block_r)
+    early = _early(x)
     shrink_kernel[(work.num_blocks, num_segments * rank_tiles, num_parts)](
-        x, memory, site.a, site.rank, parts, work.order, work.table, work.slot_of_token,
+        x, memory, site.a, site.b, site.rank, parts, work.order, work.table, work.slot_of_token,
         num_rows, num_slots, site.in_features, max_rank,
-        TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
+        WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
         SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
         BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r,
         # a slice of 768 in three steps, all under way at once
         BLOCK_K=256 if block_r == 16 and work.block_m <= 64 else 64,
-        num_warps=4 if work.block_m <= 64 else 8, num_stages=3,
+        PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
+        EARLY=early, num_warps=4 if work.block_m <= 64 else 8, num_stages=3, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -406,17 +455,28 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
             f"{(num_rows, sum(site.widths))}"
         )
     num_slots, max_rank, block_m = site.rank.shape[1], parts.shape[3], work.block_m
+    early = _early(y)
     grid = (work.num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), num_segments)
     if work.num_blocks and max_rank:
         expand_kernel[grid](
             y, memory, site.b, site.rank, site.scale, parts, work.order, work.table,
             work.slot_of_token, num_rows, num_slots, max_rank, y.stride(0),
-            WIDTHS=site.widths, ALIGN=math.gcd(16, *site.widths), EXPERTS=work.experts,
+            WIDTHS=site.widths, ALIGN=_align(site), EXPERTS=work.experts,
             SLOTS=triton.next_power_of_2(num_slots), NUM_PARTS=len(parts),
             BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank, block_m),
-            num_warps=4 if block_m <= 64 else 8,
+            EARLY=early, num_warps=4 if block_m <= 64 else 8, launch_pdl=early,
         )  # fmt: skip
     return y
+
+
+def _early(x: Tensor) -> bool:
+    """Whether a launch may begin before the kernel before it has ended: from sm_90 on."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _align(site: LoraSite) -> int:
+    """What divides the rows of all factors, up to 16 values."""
+    return math.gcd(16, site.in_features, *site.widths)
 
 
 def _shrink_tile(num_programs: int, max_rank: int) -> int:
