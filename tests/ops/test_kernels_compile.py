@@ -150,11 +150,12 @@ SAMPLING = {
 
 def sampling_kernels(capability):
     types = {name: kind for kind, names in SAMPLING.items() for name in names.split()}
-    chunk, chunks, most = dict(CHUNK=4096), dict(CHUNKS=64), dict(MAX_CANDIDATES=16384)
+    chunk, chunks = dict(CHUNK=4096), dict(CHUNKS=64)
     kernels = {
-        "best": (chunk, 4), "argmax": (chunks, 1), "levels": (chunk | chunks, 8),
-        "candidates": (chunk | chunks | most, 8),
-        "search": (chunks | most | dict(BLOCK=2048, PIVOTS=8), 8),
+        "best": (chunk, 4), "argmax": (chunks, 1),
+        "levels": (chunk | chunks | dict(FINER=True), 8),
+        "candidates": (chunk | chunks, 8),
+        "search": (chunks | dict(BLOCK=2048, PIVOTS=8), 8),
         "masses": (chunk | chunks, 4), "draw": (chunk | chunks, 8),
         "score_chunks": (chunk, 8), "score_rows": (chunks | dict(TOPS=2048), 4),
         "penalties": (chunk, 8),
