@@ -33,7 +33,6 @@ FIELDS = range(10)
     PART_ROW,  # where its partial results go
     COUNTER,  # index of the tile among those with several parts
 ) = FIELDS
-SPLIT_ABOVE = 2.0  # a tile longer than so many fair shares of all blocks is split
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class PlanShape:
     max_items: int
     max_part_rows: int  # tokens x parts of all tiles that are split
     num_programs: int  # of the kernel: they share out items x num_kv_heads
+    split_above: float = 2.0  # fair shares of all blocks: longer tiles are split
 
     @property
     def tile_tokens(self) -> int:
@@ -215,7 +215,7 @@ def _parts(tiles: np.ndarray, shape: PlanShape) -> np.ndarray:
     blocks = tiles[:, END_BLOCK]
     parts = num_splits(blocks * shape.tile.keys)
     fair_share = blocks.sum() * shape.num_kv_heads / shape.num_programs
-    parts[blocks <= SPLIT_ABOVE * fair_share] = 1
+    parts[blocks <= shape.split_above * fair_share] = 1
     rows = np.where(parts > 1, parts * tiles[:, NUM_TOKENS], 0)
     longest_first = np.argsort(-blocks, kind="stable")
     too_many = rows[longest_first].cumsum() > shape.max_part_rows
