@@ -20,6 +20,7 @@ from headrace.engine.messages import (
     UnloadAdapter,
 )
 from headrace.engine.request import Request
+from headrace.lora import loader
 from headrace.lora.pool import LoraPool
 from headrace.models import Model, load_model
 from tests.checkpoints import random_checkpoint
@@ -120,6 +121,7 @@ def test_64_adapters_over_8_slots_for_1000_requests(
     outputs = run(engine, *requests)
     for i, key in enumerate(wanted):
         assert tokens(outputs[f"r{i}"]) == expected[key], (i, key)
+    assert engine.stats().num_adapter_copies == 64  # one turn each: eight of them at the start
     check_idle(engine)
 
 
@@ -158,6 +160,24 @@ def test_loads_in_place_forget_the_prefixes(checkpoint: Path, model: Model, tmp_
     assert tokens(second) == tokens(run(fresh, ask("1", prompt, "y"))["1"])
     base = run(engine, ask("4", prompt, None))["4"]
     assert base[0].num_cached_tokens == 0
+    check_idle(engine)
+
+
+def test_a_load_in_place_that_fails_keeps_the_old(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 1))
+    expected = tokens(run(engine, ask("1", PROMPTS[0], "a0"))["1"])
+    new = random_adapter(tmp_path / "new", checkpoint, 50)
+
+    def refuse(*_: object) -> str:
+        raise ConfigError("the self-check says no")
+
+    monkeypatch.setattr(loader, "check_adapter", refuse)
+    reply = change(engine, LoadAdapter("a0", str(new), in_place=True))
+    assert reply.error == "the self-check says no"
+    assert tokens(run(engine, ask("2", PROMPTS[0], "a0"))["2"]) == expected
+    assert len(pool_of(engine).resident) == 1
     check_idle(engine)
 
 

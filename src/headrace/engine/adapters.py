@@ -95,6 +95,11 @@ class Adapters:
         """Whether there is something to tell, or will be."""
         return bool(self._replies) or self.is_loading
 
+    @property
+    def num_copies(self) -> int:
+        """Copies of adapters to the device since the start."""
+        return 0 if self.pool is None else self.pool.num_copies
+
     def names_of(self, chosen: Callable[[Lora[Request]], bool]) -> list[str]:
         """The adapters for which `chosen` is true."""
         return [] if self.pool is None else [n for n, x in self.pool.names.items() if chosen(x)]

@@ -279,6 +279,7 @@ class Engine:
             iteration_tokens=steps,
             running_adapters=self.adapters.names_of(lambda lora: lora.holders > 0),
             waiting_adapters=self.adapters.names_of(lambda lora: bool(lora.parked)),
+            num_adapter_copies=self.adapters.num_copies,
         )
 
     def check(self) -> None:

@@ -108,6 +108,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     iteration_tokens: list[int] = []  # tokens of each step since the last EngineStats
     running_adapters: list[str] = []  # those with requests at the scheduler
     waiting_adapters: list[str] = []  # those with requests that wait for a slot
+    num_adapter_copies: int = 0  # to the device
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):

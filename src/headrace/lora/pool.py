@@ -80,6 +80,7 @@ class LoraPool(Generic[R]):
         self._max_cpu_loras = max_cpu_loras
         self._capacity = memory.ranges.num_free
         self._free_slots = list(range(memory.num_slots))
+        self.num_copies = 0  # to the device, since the start
         self.resident: list[Lora[R]] = []  # on the device or on their way to it
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
         self._in_cpu: list[Lora[R]] = []
@@ -330,6 +331,7 @@ class LoraPool(Generic[R]):
         assert lora.placement is not None, lora
         assert lora.slot is not None, lora
         source = lora.adapter or Files(lora.path, lora.stamp)
+        self.num_copies += 1
         self._copies[lora] = self._loader.copy(source, lora.slot, lora.placement, lora.checked)
 
     def _finish_copy(self, lora: Lora[R], future: Future[Adapter], news: PoolNews[R]) -> None:

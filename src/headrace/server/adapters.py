@@ -88,8 +88,15 @@ class AdapterMetrics:
             "headrace:lora_generation_tokens", "Tokens generated", label, registry=registry
         )
 
+        self._copies = Counter(
+            "headrace:lora_copies", "Adapters copied to the device", registry=registry
+        )
+        self._num_copies = 0
+
     def on_stats(self, stats: EngineStats) -> None:
-        """Take the engine's news."""
+        """Take the engine's news; its counters run since its start."""
+        self._copies.inc(stats.num_adapter_copies - self._num_copies)
+        self._num_copies = stats.num_adapter_copies
         if self._max_loras:
             names = ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
             self._info.clear()  # or every mix of adapters would stay as a series of its own
