@@ -14,6 +14,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from headrace.ops import attention_kernel, rope_kernel
 from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel
 from headrace.ops import routing_kernel, sampling_kernel, sort_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
@@ -24,7 +25,7 @@ CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", 
            "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
-           "y_stride", "stride_row", "vocab"}
+           "y_stride", "stride_row", "vocab", "value_offset"}
 WIDE_COPY = r"cp\.async\.cg\.shared\.global.*0x10|cp\.async\.bulk\.tensor"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -166,6 +167,26 @@ def sampling_kernels(capability):
         for name, (constants, warps) in kernels.items()
     }
 
+def attention_kernels(capability):
+    types = dict.fromkeys(["q", "cache", "sinks"], "*bf16") | {"scale_log2": "fp32"}
+    types |= dict.fromkeys(["part_acc", "part_m", "part_total", "cos", "sin"], "*fp32")
+    results = {}
+    for windowed in (False, True):
+        for page, rows, warps in ((16, 64, 4), (256, 64, 4), (16, 128, 8)):
+            name = f"bf16 attention {windowed} {page} {rows}"
+            results[name] = compile_kernel(
+                attention_kernel.attention_kernel, capability,
+                dict(NUM_KV_HEADS=8, GROUP=8, PADDED_GROUP=8, HEAD_DIM=64, PAGE=page,
+                     WINDOWED=windowed, ROWS=rows, KEYS=128, EARLY=capability == 90),
+                warps, 3, **types)
+            sass = subprocess.run([CUOBJDUMP, "-sass", "k.cubin"], capture_output=True, text=True)
+            results[name]["waits"] = sass.stdout.count("WARPGROUP.DEPBAR")
+    results["rope"] = compile_kernel(
+        rope_kernel.rope_and_cache_kernel, capability,
+        dict(NUM_HEADS=64, NUM_KV_HEADS=8, HALF_DIM=32, BLOCK_HEADS=16, BLOCK_DIM=32,
+             EARLY=capability == 90), qkv="*bf16", slots="*i64", **types)
+    return results
+
 def all_kernels(capability):
     results = linear_kernels(capability)
     for first in (True, False):
@@ -198,6 +219,7 @@ def all_kernels(capability):
             dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)
     results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
                                      dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
+    results |= attention_kernels(capability)
     return results | lora_kernels(capability) | sampling_kernels(capability)
 
 print(json.dumps(all_kernels(int(sys.argv[1]))))
@@ -231,6 +253,9 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         assert kernel[wanted] > 0
         assert kernel[other] == 0
         assert kernel["wide_copies"] > 0  # 16 bytes a thread
+    for name, kernel in kernels.items():
+        if name.startswith("bf16 attention"):  # one product after the other would need 12
+            assert kernel["waits"] <= 3, (name, kernel)
     # three programs of the decode kernel on an SM, so that their loads overlap
     for name in ("16 True", "lora 16 True", "lora 16 False", "fused 16 True", "fused 16 False"):
         assert kernels[f"mxfp4 {name}"]["registers"] <= 128
