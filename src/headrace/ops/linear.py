@@ -28,33 +28,36 @@ def linear(
     meanwhile, where the GPU can (sm_90): of use if the kernels in between leave the memory idle.
     Raises ValueError for shapes and dtypes that do not fit.
     """
-    if out is None:
-        out = x.new_empty(len(x), len(weight))
     if dispatch.takes_kernel(x):
         from headrace.ops import linear_kernel
 
+        if out is None:
+            out = x.new_empty(len(x), len(weight))
         return linear_kernel.linear(x, weight, bias, residual, out, next_weight)
     check(x, weight, bias, residual, out)
-    wide = F.pad(x.float(), (0, 0, 0, -len(x) % _ROWS_TOGETHER))
-    y = F.linear(wide, weight.float(), None if bias is None else bias.float())[: len(x)]
-    return out.copy_(y if residual is None else y + residual)
+    num_tokens = x.shape[0]
+    wide = F.pad(x.float(), (0, 0, 0, -num_tokens % _ROWS_TOGETHER))
+    y = F.linear(wide, weight.float(), None if bias is None else bias.float())[:num_tokens]
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> None:
     """Raise ValueError, naming the argument, where one does not fit the others."""
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+    x_shape, weight_shape = tuple(x.shape), tuple(weight.shape)
+    if len(x_shape) != 2 or len(weight_shape) != 2 or x_shape[1] != weight_shape[1]:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            f"x has shape {x_shape} and weight {weight_shape}; "
             "pass [num_tokens, in_features] and [out_features, in_features]"
         )
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; convert one of them")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; weight needs ({len(weight)},)")
-    shape = (len(x), len(weight))
-    if residual is not None and tuple(residual.shape) != shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; this call needs {shape}")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; this call needs {shape}")
+    if bias is not None and tuple(bias.shape) != weight_shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; weight needs {weight_shape[:1]}")
+    shape = x_shape[0], weight_shape[0]
+    for name, tensor in (("residual", residual), ("out", out)):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this call needs {shape}")
