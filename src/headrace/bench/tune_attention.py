@@ -32,11 +32,11 @@ TILES = (
     AttentionTile(num_stages=2),
     AttentionTile(num_stages=2, programs_per_sm=3),
     AttentionTile(rows=128, num_warps=8, programs_per_sm=1),
-    # other bits: worth a change of the default only
-    AttentionTile(keys=64, num_stages=4),
+    # other bits: these would change the default for all
     AttentionTile(keys=64, programs_per_sm=3),
-    AttentionTile(keys=64, num_stages=2, programs_per_sm=4),
+    AttentionTile(keys=64, programs_per_sm=4),
     AttentionTile(rows=128, keys=64, num_warps=8, programs_per_sm=1),
+    AttentionTile(rows=128, keys=64, num_warps=8, programs_per_sm=2),
 )
 
 

@@ -333,7 +333,8 @@ def paged_attention(
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
         EARLY=early,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=tile.max_registers, launch_pdl=early,
     )  # fmt: skip
     return out
 

@@ -45,6 +45,12 @@ class AttentionTile:
     num_stages: int = 3
     programs_per_sm: int = 2
 
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread, for so many programs to fit on an SM; None: as many as it can have."""
+        share = 65536 // (self.programs_per_sm * self.num_warps * 32)
+        return None if share >= 256 else share // 8 * 8
+
 
 @dataclass(frozen=True)
 class PlanShape:
