@@ -1,6 +1,7 @@
 """Choosing tokens for a batch of unlike requests, some of whose tokens the host does not know."""
 
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from headrace.engine.messages import SamplingParams, TokenLogprobs
 from headrace.engine.request import Request
 from headrace.engine.sampler import Sampler, uniform
 from headrace.engine.sampling_inputs import SamplingInputs
+from tests.fake_gpu import run_script
 
 CPU = torch.device("cpu")
 VOCAB = 16
@@ -253,6 +255,42 @@ def test_logprobs_are_the_models_own() -> None:
     expected = score_tokens(logits, out.tolist(), [0, 2, 0, 3, 1])
     assert [score for _, score in found] == [None, *expected[1:]]
     assert found[1][0] != top[1]
+
+
+USE = """
+import torch
+from headrace.engine.sampler import Sampler
+from headrace.engine.warmup import counted_compiles, warm_up
+from tests import fake_gpu
+from tests.engine.test_sampler import PENALTIES, UNLIKE, greedy, request
+
+gpu = fake_gpu.install()
+fake_gpu.pretend_cuda()
+vocab, cpu = 20_480, torch.device("cpu")
+sampler = Sampler(vocab, 16, cpu)
+warmed = warm_up(sampler.dry_run, cpu)
+assert warmed.num_compiled == warmed.num_kernels == 11, warmed
+assert not gpu.launched
+scored = [greedy(logprobs=n) for n in (0, 1, 20)]
+both = request([1], [2], top_k=5, logprobs=3, **PENALTIES)
+steps = [[greedy()], UNLIKE, [*scored, *UNLIKE], [both], [request([1], [], 3)], [greedy(), both]]
+with counted_compiles() as compiled:
+    for batch in steps:
+        out = torch.zeros(16, dtype=torch.int64)[: len(batch)]
+        sampler.sample(torch.zeros(64, vocab)[: len(batch)], sampler.prepare(batch), out)
+        sampler.score(torch.zeros(64, vocab)[3:6], [4, 5, 6], [0, 7, 20])
+assert not compiled
+print(len(set(gpu.launched)), len(gpu.launched))
+"""
+
+
+def test_nothing_is_compiled_after_the_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    process = run_script(USE, tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    kinds, launches = map(int, process.stdout.split())
+    assert kinds == 10
+    assert launches > 50
 
 
 @pytest.mark.gpu

@@ -148,7 +148,7 @@ def test_rows_with_little_to_choose_from() -> None:
     logits[4, 100] = 0.0
     params = [(1.0, 0.1, 0.5, 7), (1.0, 0, 0.9, 50), (1.0, 0, 0.9, 0), (2.0, 0, 1, 2)]
     draws = make_draws([*params, (0.1, 0, 1, 0), (1.0, 0, 1, 0)], [0, 1, 2, 3, 4, 5], "cpu")
-    for u in (0.0, 0.75, 1 - 2**-32):
+    for u in (0.3, 1 - 2**-32):
         uniform = torch.full((6,), u, dtype=torch.float64)
         tokens = check(logits, draws, uniform).tolist()
         assert tokens[0] == 4999
