@@ -16,6 +16,8 @@ from headrace.ops import attention_kernel
 from headrace.ops import attention_plan as ap
 from headrace.ops.attention import paged_attention
 from headrace.ops.attention_plan import AttentionPlan, AttentionTile
+from headrace.ops.linear import linear
+from headrace.ops.rope import rope_and_cache, rope_cos_sin
 from tests.ops.test_attention import Case, Inputs, exact, make
 
 gpu = pytest.mark.gpu
@@ -283,7 +285,7 @@ def test_companions_and_parts_change_no_bit(window: int) -> None:
 @pytest.mark.parametrize(
     "tile",
     [
-        AttentionTile(num_stages=3),
+        AttentionTile(num_stages=2),
         AttentionTile(programs_per_sm=3),
         AttentionTile(rows=128, num_warps=8, programs_per_sm=1),
         AttentionTile(rows=128, num_warps=4, programs_per_sm=1),
@@ -341,6 +343,53 @@ def test_131072_tokens(window: int) -> None:
     chunk = layer.run(q, [40], [length], layer.plan(window, max_part_rows=0))
     assert torch.equal(decoded[0], chunk[-1])
     check_close(chunk[-3:], layer.exact(q[-3:], 0, length, window))
+
+
+@gpu
+@pytest.mark.parametrize("window", [0, 128])
+def test_kernels_launched_early_wait_for_what_they_read(window: int) -> None:
+    """Linear, RoPE and attention, eight times in a row: as a graph, and one kernel at a time."""
+    lengths, num_layers, hidden = [1000, 30, 129], 8, NUM_HEADS * HEAD_DIM
+    layers = [Layer.random(lengths) for _ in range(num_layers)]
+    before = [layer.cache.clone() for layer in layers]
+    heads = NUM_HEADS + 2 * NUM_KV_HEADS
+    weights = [torch.randn(heads * HEAD_DIM, hidden, device="cuda").bfloat16() / 64 for _ in layers]
+    last = torch.tensor(lengths, device="cuda") - 1
+    rope = rope_cos_sin(last, torch.rand(HEAD_DIM // 2, device="cuda"), 1.0)
+    rows = torch.arange(3, device="cuda")
+    slots = [t.block_table[rows, last // PAGE] * PAGE + last % PAGE for t in layers]
+    plan = layers[0].plan(window)
+    plan.fill(np.ones(3, int), np.array(lengths))
+    qkv = torch.empty(3, heads * HEAD_DIM, device="cuda").bfloat16()
+    first, q, out = queries(3), queries(3), [queries(3) for _ in layers]
+
+    def step(between) -> None:
+        x = first
+        for layer, weight, places, attended in zip(layers, weights, slots, out, strict=True):
+            linear(x.flatten(1), weight, out=qkv)
+            between()
+            rope_and_cache(qkv, *rope, layer.cache, places, NUM_HEADS, NUM_KV_HEADS, q)
+            between()
+            paged_attention(
+                q, layer.cache, layer.block_table, None, None, layer.sinks, window,
+                HEAD_DIM**-0.5, plan, attended,
+            )  # fmt: skip
+            between()
+            x = attended
+
+    step(torch.cuda.synchronize)
+    expected = [t.clone() for t in out]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(lambda: None)
+    for _ in range(3):
+        for layer, cache, attended in zip(layers, before, out, strict=True):
+            layer.cache.copy_(cache)
+            attended.fill_(torch.nan)
+        q.fill_(torch.nan)
+        qkv.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
 @gpu
