@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headrace.bench.synth import CHUNK_BYTES, SIZES, write_synthetic
+from headrace.bench.random_files import PIECE_BYTES
+from headrace.bench.synth import SIZES, write_synthetic
 from headrace.bench.synth_tokenizer import special_ids, vocabulary
 from headrace.config import ConfigError
 from headrace.models import load_model
@@ -59,7 +60,7 @@ def test_same_seed_same_bytes_other_seed_others(tiny: Path, tmp_path: Path) -> N
 
 def test_tensors_and_pieces_of_one_tensor_differ(tmp_path: Path) -> None:
     config = TINY | {"num_hidden_layers": 2, "layer_types": TINY["layer_types"][:2]}
-    rows = 3 * CHUNK_BYTES // 512  # the embedding takes three pieces
+    rows = 3 * PIECE_BYTES // 512  # the embedding takes three pieces
     seen = []
     write_synthetic(
         tmp_path, config | {"vocab_size": rows}, seed=0, progress=lambda d, t: seen.append((d, t))
