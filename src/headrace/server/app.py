@@ -43,6 +43,8 @@ from headrace.server.tokenizer import Tokenizer
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 GENERATE = documented(400, 401, 404, 500, 503) | {200: EVENTS}
+TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+CHANGE = documented(400, 401, 404, 500, 503) | {200: TEXT}
 bearer = HTTPBearer(auto_error=False, description="an API key, where the server has some")
 
 
@@ -150,30 +152,22 @@ def model_card(serving: Serving, name: str) -> ModelCard:
     )
 
 
-@api.post(
-    "/v1/load_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=documented(400, 401, 404, 500, 503),
-)
-async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> str:
+@api.post("/v1/load_lora_adapter", responses=CHANGE)
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Response:
     """Serve an adapter under a name of its own."""
     serving = serving_of(request)
     serving.check_ready()
     await serving.adapters.load(body.lora_name, body.lora_path, body.load_inplace)
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@api.post(
-    "/v1/unload_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=documented(400, 401, 404, 500, 503),
-)
-async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> str:
+@api.post("/v1/unload_lora_adapter", responses=CHANGE)
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Response:
     """Serve an adapter no longer; its running requests are finished."""
     serving = serving_of(request)
     serving.check_ready()
     await serving.adapters.unload(body.lora_name)
-    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @api.post("/v1/completions", response_model=CompletionResponse, responses=GENERATE)
