@@ -121,14 +121,20 @@ def test_the_gauge_that_routers_read(server: LiveServer, http: httpx.Client) -> 
         ({"lora_name": "x", "lora_path": str(BUNDLED_MODEL)}, 400, "adapter_config.json"),
         ({"lora_name": MODEL_NAME, "lora_path": "/x"}, 400, "the base model's name"),
         ({"lora_name": "x"}, 400, "lora_path"),
+        ({"lora_name": "x", "lora_path": "~nobody-here/x"}, 404, "No adapter found"),
+        ({"lora_name": "x", "lora_path": "a\0b"}, 404, "No adapter found"),
+        ({"lora_name": "x", "lora_path": "a" * 5000}, 400, "failed"),
+        ({"lora_name": "\ud800", "lora_path": "\ud800"}, 400, "lora_name"),
+        ({"lora_name": "x", "lora_path": "\ud800"}, 400, "lora_path"),
         ({"lora_name": "x", "lora_path": "/x", "rank": 1}, 400, "rank"),
     ],
 )
 def test_loads_that_are_refused(
     http: httpx.Client, body: dict[str, Any], status: int, text: str
 ) -> None:
-    response = http.post("/v1/load_lora_adapter", json=body)
-    assert response.status_code == status
+    content, headers = json.dumps(body), {"Content-Type": "application/json"}
+    response = http.post("/v1/load_lora_adapter", content=content, headers=headers)
+    assert response.status_code == status, response.text
     assert text in response.json()["error"]["message"]
     assert [c["id"] for c in http.get("/v1/models").json()["data"]] == list(SKILLS)
 

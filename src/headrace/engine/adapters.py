@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class Adapters:
             if self.pool is None:
                 raise ConfigError("this server was started without --enable-lora")
             if isinstance(message, LoadAdapter):
-                self.pool.load(message.name, Path(message.path).expanduser(), message.in_place)
+                self.pool.load(message.name, directory(message.path), message.in_place)
             elif message.name not in self.pool.names:
                 raise AdapterNotFoundError(f"the LoRA adapter '{message.name}' is not loaded")
             else:
@@ -183,7 +184,12 @@ def parse_module(text: str) -> tuple[str, Path]:
         name, _, path = text.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
-    return name, Path(path).expanduser()
+    return name, directory(path)
+
+
+def directory(path: str) -> Path:
+    """The path with ~ replaced, if it names a user that there is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for users that there aren't
 
 
 def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
