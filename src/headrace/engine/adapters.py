@@ -28,7 +28,7 @@ PATIENCE = 0.01  # seconds that a step with nothing else to do waits for a load
 class Adapters:
     """The pool and its messages; without --enable-lora it knows no adapter.
 
-    Raises ConfigError, here or in finish_modules, if an adapter of --lora-modules can't be served
+    Raises ConfigError, here or in load_modules, if an adapter of --lora-modules can't be served
     or the memory can't be had.
     """
 
@@ -38,16 +38,21 @@ class Adapters:
         self.pool: LoraPool[Request] | None = None
         if config.enable_lora:
             self.pool = make_pool(config, model)
-            for name, path in modules:
-                self.pool.load(name, path)
         elif modules:
             raise ConfigError("--lora-modules needs --enable-lora")
+        self._modules = modules
 
-    def finish_modules(self) -> None:
-        """Wait for the adapters of --lora-modules, whose self-checks want compiled kernels."""
-        while self.pool is not None and self.pool.is_loading:
-            self.pool.wait(PATIENCE)
-            for name, error in self.pool.advance().loads:
+    def load_modules(self) -> None:
+        """Load the adapters of --lora-modules.
+
+        Not before kernels are compiled and graphs captured: the self-checks launch the kernels, and
+        while a graph is captured no other thread may use the device.
+        """
+        for name, path in self._modules:
+            self._sure.load(name, path)
+        while self.is_loading:
+            self._sure.wait(PATIENCE)
+            for name, error in self._sure.advance().loads:
                 if error is not None:
                     raise ConfigError(f"--lora-modules {name}: {error}") from error
 

@@ -78,7 +78,7 @@ class Engine:
             with phases("graphs"):
                 self.runner.capture()
         with phases("adapters"):
-            self.adapters.finish_modules()
+            self.adapters.load_modules()
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
         self.requests: dict[str, Request] = {}
         self.ready = self._ready(phases, weight_bytes, warmed)
