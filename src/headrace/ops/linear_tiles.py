@@ -95,10 +95,10 @@ def _fitted(
     tma = problem.has_tma and tma_fits(problem, tile.rows, tile.block_n)
     programs = programs_per_sm * problem.num_sms if tma and persistent else 0
     # each program has 1 KiB for the system, and its barriers; a persistent one stores a tile
-    # through memory of its own
+    # through memory of its own, of float32 as much for 64 tokens as for 128
     memory = (problem.shared_memory - 1024) // programs_per_sm - 1024
     if programs:
-        memory -= max(4096, tile.block_m * tile.block_n)
+        memory -= max(tile.block_m, 128) * tile.block_n
     stages = memory // ((tile.block_m + tile.block_n) * tile.block_k * 2)
     num_stages = max(2, min(tile.num_stages, stages))
     return replace(tile, num_stages=num_stages, tma=tma, programs=programs)
