@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.bench.floors import GPUS, Step, Work, experts_hit, find_gpu, step_work, total
+from headrace.bench.floors import (
+    GPUS,
+    Step,
+    Work,
+    experts_hit,
+    find_gpu,
+    lora_work,
+    step_work,
+    total,
+)
 from headrace.bench.synth import SIZES
 from headrace.models.config import parse_config
 
@@ -18,6 +27,28 @@ def test_decode_floors_of_the_20b_model(batch: int, floor_ms: float) -> None:
     """The floors that peers were held against; their routing was counted, ours is expected."""
     work = total(step_work(GPT_OSS_20B, Step(batch, 1, 512)))
     assert 1000 * work.floor_s(H100) == pytest.approx(floor_ms, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("batch", "floor_ms"),
+    [(1, 1.32), (2, 1.8), (4, 2.5), (8, 3.5), (16, 4.5), (32, 5.2), (64, 5.5), (128, 5.9)],
+)
+def test_decode_floors_with_two_adapters_of_rank_64(batch: int, floor_ms: float) -> None:
+    step = Step(batch, 1, 512)
+    work = total(step_work(GPT_OSS_20B, step)) + lora_work(GPT_OSS_20B, step, 2, 64)
+    assert 1000 * work.floor_s(H100) == pytest.approx(floor_ms, rel=0.03)
+
+
+def test_adapters_add_nothing_where_there_are_none() -> None:
+    assert lora_work(GPT_OSS_20B, Step(4, 1, 512), 0, 64) == Work(0, 0)
+
+
+def test_bytes_of_one_adapter_by_hand() -> None:
+    work = lora_work(GPT_OSS_20B, Step(1, 1, 512), 2, 8)
+    attention = 2 * (2880 + 4096) + 2 * (2880 + 512)
+    expert = (2880 + 5760) + (2880 + 2880)
+    assert work.bytes == 24 * 8 * 2 * (attention + 4 * expert)
+    assert work.flops == work.bytes
 
 
 def test_bytes_of_one_decode_step_by_hand() -> None:

@@ -56,6 +56,8 @@ def latency(
     batch: Annotated[str, typer.Option(help="requests at once")] = "1,2,4,8,16,32,64,128",
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
     output: Annotated[int, typer.Option(help="tokens of an answer")] = 128,
+    adapters: Annotated[int, typer.Option(help="random adapters, in turn")] = 0,
+    rank: Annotated[int, typer.Option(help="of the adapters")] = 0,
     csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
     *,
     engine: EngineConfig,
@@ -63,7 +65,8 @@ def latency(
     """Time a token and a prefill at each batch size, without a server."""
     from headrace.bench.latency import Workload, run_latency
 
-    raise typer.Exit(run_latency(engine, Workload.parse(batch, prompt, output), csv))
+    workload = Workload.parse(batch, prompt, output, adapters, rank)
+    raise typer.Exit(run_latency(engine, workload, csv))
 
 
 @app.command(cls=ListOptions)
@@ -194,3 +197,21 @@ def profile(
     from headrace.bench.profile import run_profile
 
     run_profile(engine, batch, prompt, csv)
+
+
+@app.command()
+@with_configs(engine=EngineConfig)
+def adapter_load(
+    model: Annotated[
+        Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
+    ] = BUNDLED_MODEL,
+    rank: Annotated[int, typer.Option(help="of the adapter", min=1, max=512)] = 64,
+    batch: Annotated[int, typer.Option(help="requests that decode meanwhile", min=1)] = 8,
+    csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
+    *,
+    engine: EngineConfig,
+) -> None:
+    """Time the load of an adapter, and what running requests feel of it."""
+    from headrace.bench.adapter_load import run_adapter_load
+
+    run_adapter_load(engine, rank, batch, csv)

@@ -56,7 +56,7 @@ def find_gpu(device_name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if gpu.name in device_name), None)
 
 
-def experts_hit(num_experts: int, top_k: int, num_tokens: int) -> float:
+def experts_hit(num_experts: int, top_k: int, num_tokens: float) -> float:
     """num_experts (1 - (1 - top_k / num_experts)^num_tokens): expected, if routing spreads."""
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
 
@@ -78,6 +78,23 @@ def step_work(config: GptOssConfig, step: Step) -> dict[str, Work]:
         "down": _experts(config, tokens, config.intermediate_size * hidden),
         "lm_head": _linear(step.num_seqs, hidden, config.vocab_size, 1),
     }
+
+
+def lora_work(config: GptOssConfig, step: Step, num_adapters: int, rank: int) -> Work:
+    """What adapters on attention and all experts add, all sequences spread evenly over them."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    q_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    dense = sum(hidden + width for width in (q_width, kv_width, kv_width, q_width))
+    expert = hidden + 2 * inter + inter + hidden
+    top_k, tokens = config.num_experts_per_tok, step.num_tokens
+    in_use = min(num_adapters, step.num_seqs)
+    hit = experts_hit(config.num_local_experts, top_k, tokens / max(in_use, 1))
+    size = rank * config.num_hidden_layers
+    return Work(
+        in_use * (dense + hit * expert) * size * BF16_BYTES,
+        2.0 * tokens * (dense + top_k * expert) * size * (in_use > 0),
+    )
 
 
 def total(work: dict[str, Work]) -> Work:

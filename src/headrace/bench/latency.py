@@ -6,8 +6,10 @@ time of one token is the prefill's. Each time is the better of two runs, after o
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +20,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from headrace.bench.floors import Gpu, Step, find_gpu, step_work, total
+from headrace.bench.floors import Gpu, Step, find_gpu, lora_work, step_work, total
 from headrace.bench.peers import find_row, peer_rows
 from headrace.bench.results import write_csv
+from headrace.bench.synth_adapter import write_adapter
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, SamplingParams
-from headrace.models.config import GptOssConfig
+from headrace.models.config import GptOssConfig, read_config
 
 NUM_RUNS = 2
 CHECKED_TOKENS = 16  # at most, whose log-probabilities are looked at too
@@ -41,16 +44,21 @@ class Workload:
     batches: tuple[int, ...]  # requests that run at once
     prompt: int  # tokens of each
     output: int  # tokens over which TPOT is a mean
+    adapters: int = 0  # that requests have in turn; 0: the base model
+    rank: int = 0  # of the adapters
 
     def __post_init__(self) -> None:
         if not self.batches or min(*self.batches, self.prompt, self.output) < 1:
             raise ConfigError("--batch, --prompt and --output must be at least 1")
+        if (self.adapters > 0) != (self.rank > 0):
+            raise ConfigError(f"--adapters is {self.adapters} and --rank {self.rank}; give both")
 
     @staticmethod
-    def parse(batches: str, prompt: int, output: int) -> Workload:
+    def parse(batches: str, prompt: int, output: int, adapters: int, rank: int) -> Workload:
         """From the command line, where batches are numbers with commas between."""
         try:
-            return Workload(tuple(int(b) for b in batches.split(",")), prompt, output)
+            sizes = tuple(int(b) for b in batches.split(","))
+            return Workload(sizes, prompt, output, adapters, rank)
         except ValueError:
             raise ConfigError(f"--batch is {batches}; it must be like 1,2,4") from None
 
@@ -92,23 +100,30 @@ class Latency:
     """What one batch size takes."""
 
     batch: int
-    prompt: int
     tpot: Figure
     prefill: Figure
 
-    def row(self) -> LatencyRow:
-        """For latency.csv; adapters can't be measured yet."""
+    def row(self, workload: Workload) -> LatencyRow:
+        """For latency.csv."""
         floor, peer = self.tpot.floor_ms, self.tpot.peer_ms
         return LatencyRow(
-            adapters=0,
-            rank=0,
+            adapters=workload.adapters,
+            rank=workload.rank,
             batch=self.batch,
-            prompt=self.prompt,
+            prompt=workload.prompt,
             tpot_ms=round(self.tpot.ms, 3),
             prefill_ms=round(self.prefill.ms, 2),
             floor_ms=floor if floor is None else round(floor, 3),
             peer_ms=peer,
         )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a request asks."""
+
+    token_ids: list[int]
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -120,12 +135,18 @@ class Answer:
 
 
 def run_latency(config: EngineConfig, workload: Workload, csv: Path | None) -> int:
-    """Measure, print the table and write the CSV; the exit status: 1 after a wrong result."""
+    """Measure, print the tables and write the CSV; the exit status: 1 after a wrong result.
+
+    Rows of the file that are of other workloads stay.
+    """
     console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with (
+        Progress(console=Console(stderr=True), transient=True) as bar,
+        tempfile.TemporaryDirectory(prefix="headrace-adapters-") as folder,
+    ):
         loading = bar.add_task(f"loading {config.model}", total=None)
         engine = Engine(
-            engine_config(config, workload),
+            engine_config(config, workload, Path(folder)),
             progress=lambda d, t: bar.update(loading, completed=d, total=t),
         )
         measuring = bar.add_task("measuring", total=len(workload.batches))
@@ -138,15 +159,33 @@ def run_latency(config: EngineConfig, workload: Workload, csv: Path | None) -> i
             console.print(f"wrong result: {error}", style="bold red", markup=False)
             status = 1
     title = f"{device_name(engine)}: {workload.prompt} tokens in, {workload.output} out"
-    console.print(tpot_table(measured, title), prefill_table(measured, title))
+    if workload.adapters:
+        title += f", {workload.adapters} adapters of rank {workload.rank}"
+    console.print(tpot_table(measured, title), prefill_table(measured, workload.prompt, title))
     if csv and measured:
-        write_csv(csv, [latency.row() for latency in measured])
+        keys = ("adapters", "rank", "batch", "prompt")
+        write_csv(csv, [latency.row(workload) for latency in measured], keys)
     return status
 
 
-def engine_config(config: EngineConfig, workload: Workload) -> EngineConfig:
-    """As many requests at once as the largest batch; every prompt is computed."""
-    return replace(config, max_num_seqs=max(workload.batches), enable_prefix_caching=False)
+def engine_config(config: EngineConfig, workload: Workload, folder: Path) -> EngineConfig:
+    """As many requests at once as the largest batch; every prompt is computed.
+
+    Writes the adapters, random ones, to the folder.
+    """
+    config = replace(config, max_num_seqs=max(workload.batches), enable_prefix_caching=False)
+    if not workload.adapters:
+        return config
+    model = read_config(config.model)
+    for i in range(workload.adapters):
+        write_adapter(folder / str(i), model, workload.rank, seed=i)
+    return replace(
+        config,
+        enable_lora=True,
+        lora_modules=tuple(f"{i}={folder / str(i)}" for i in range(workload.adapters)),
+        max_loras=workload.adapters,
+        max_lora_rank=workload.rank,
+    )
 
 
 def measure(engine: Engine, workload: Workload) -> Iterator[Latency]:
@@ -154,33 +193,51 @@ def measure(engine: Engine, workload: Workload) -> Iterator[Latency]:
 
     Raises:
         ConfigError: the prompt and its output don't fit the model.
-        WrongResult: a log-probability isn't finite, all requests got the same tokens, or a request
-            got other tokens than in the smaller batch.
+        WrongResult: a log-probability isn't finite, all requests got the same tokens, a request
+            got other tokens than in the smaller batch, or an adapter changed none.
     """
-    config, gpu = engine.model.config, find_gpu(device_name(engine))
-    prompts = random_prompts(config, max(workload.batches), workload.prompt)
-    peers = peer_rows("latency", config, gpu.name if gpu else None)
+    gpu = find_gpu(device_name(engine))
+    peers = peer_rows("latency", engine.model.config, gpu.name if gpu else None)
+    questions = random_questions(engine.model.config, workload)
+    check_adapter(engine, questions[0])
     seen: list[Answer] = []
     for batch in workload.batches:
-        seen = check(engine, prompts[:batch], workload.output + 1, seen)
-        prefill = best_time(engine, prompts[:batch], 1)
-        whole = best_time(engine, prompts[:batch], workload.output + 1)
+        seen = check(engine, questions[:batch], workload.output + 1, seen)
+        prefill = best_time(engine, questions[:batch], 1)
+        whole = best_time(engine, questions[:batch], workload.output + 1)
+        peer = (
+            find_row(
+                peers,
+                adapters=workload.adapters,
+                rank=workload.rank,
+                batch=batch,
+                prompt=workload.prompt,
+            )
+            or {}
+        )
         halfway = Step(batch, 1, workload.prompt + workload.output / 2)
-        peer = find_row(peers, adapters=0, rank=0, batch=batch, prompt=workload.prompt) or {}
         yield Latency(
             batch,
-            workload.prompt,
             tpot=Figure(
                 1000 * (whole - prefill) / workload.output,
-                floor_ms(config, halfway, gpu),
+                floor_ms(engine.model.config, halfway, workload, gpu),
                 peer.get("tpot_ms"),
             ),
             prefill=Figure(
                 1000 * prefill,
-                floor_ms(config, Step(batch, workload.prompt, 0), gpu),
+                floor_ms(engine.model.config, Step(batch, workload.prompt, 0), workload, gpu),
                 peer.get("prefill_ms"),
             ),
         )
+
+
+def random_questions(config: GptOssConfig, workload: Workload) -> list[Question]:
+    """One for each request of the largest batch; question i is the same whatever the batches."""
+    prompts = random_prompts(config, max(workload.batches), workload.prompt)
+    adapters: list[str | None] = [str(i) for i in range(workload.adapters)]
+    return [
+        Question(p, a) for p, a in zip(prompts, itertools.cycle(adapters or [None]), strict=False)
+    ]
 
 
 def random_prompts(config: GptOssConfig, count: int, length: int) -> list[list[int]]:
@@ -190,16 +247,18 @@ def random_prompts(config: GptOssConfig, count: int, length: int) -> list[list[i
 
 
 def run(
-    engine: Engine, prompts: Sequence[list[int]], num_tokens: int, logprobs: bool = False
+    engine: Engine, questions: Sequence[Question], num_tokens: int, logprobs: bool = False
 ) -> tuple[float, list[Answer]]:
-    """Answer all prompts at once, greedily and to full length; seconds, and the answers."""
+    """Answer all questions at once, greedily and to full length; seconds, and the answers."""
     params = SamplingParams(
         max_tokens=num_tokens, temperature=0.0, logprobs=0 if logprobs else None
     )
-    answers = {str(i): Answer([], []) for i in range(len(prompts))}
+    answers = {str(i): Answer([], []) for i in range(len(questions))}
     start = time.perf_counter()
-    for request_id, prompt in zip(answers, prompts, strict=True):
-        engine.add_request(AddRequest(request_id, prompt, params, time.monotonic()))
+    for request_id, question in zip(answers, questions, strict=True):
+        engine.add_request(
+            AddRequest(request_id, question.token_ids, params, time.monotonic(), question.adapter)
+        )
     while engine.has_work():
         for output in engine.step():
             if output.error is not None:
@@ -210,26 +269,36 @@ def run(
     return time.perf_counter() - start, list(answers.values())
 
 
-def best_time(engine: Engine, prompts: Sequence[list[int]], num_tokens: int) -> float:
+def best_time(engine: Engine, questions: Sequence[Question], num_tokens: int) -> float:
     """Seconds of the fastest of NUM_RUNS runs after one that isn't counted."""
-    run(engine, prompts, num_tokens)
-    return min(run(engine, prompts, num_tokens)[0] for _ in range(NUM_RUNS))
+    run(engine, questions, num_tokens)
+    return min(run(engine, questions, num_tokens)[0] for _ in range(NUM_RUNS))
+
+
+def check_adapter(engine: Engine, question: Question) -> None:
+    """An adapter must change what the base model says."""
+    if question.adapter is None:
+        return
+    asked = [question, replace(question, adapter=None)]
+    _, (adapted, base) = run(engine, asked, CHECKED_TOKENS, logprobs=True)
+    if adapted == base:
+        raise WrongResult(f"adapter {question.adapter} changes nothing")
 
 
 def check(
-    engine: Engine, prompts: Sequence[list[int]], num_tokens: int, before: Sequence[Answer]
+    engine: Engine, questions: Sequence[Question], num_tokens: int, before: Sequence[Answer]
 ) -> list[Answer]:
-    """Compare a run with what the same prompts gave in another batch; returns its answers."""
+    """Compare a run with what the same questions gave in another batch; returns its answers."""
     num_scored = min(num_tokens, CHECKED_TOKENS)
-    _, scored = run(engine, prompts, num_scored, logprobs=True)
-    _, answers = run(engine, prompts, num_tokens)
-    batch = len(prompts)
+    _, scored = run(engine, questions, num_scored, logprobs=True)
+    _, answers = run(engine, questions, num_tokens)
+    batch = len(questions)
     for i, answer in enumerate(scored):
         if len(answer.logprobs) != num_scored or not all(map(math.isfinite, answer.logprobs)):
             raise WrongResult(f"batch {batch}, request {i}: log-probabilities {answer.logprobs}")
         _compare(f"batch {batch}, request {i}", answers[i].token_ids[:num_scored], answer)
     if batch > 1 and len({tuple(a.token_ids) for a in answers}) == 1:
-        raise WrongResult(f"batch {batch}: other prompts, but the same tokens for all")
+        raise WrongResult(f"batch {batch}: other questions, but the same tokens for all")
     for i, (answer, old) in enumerate(zip(answers, before, strict=False)):
         _compare(f"batch {batch}, request {i}", answer.token_ids, old)
     return answers
@@ -247,9 +316,12 @@ def device_name(engine: Engine) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def floor_ms(config: GptOssConfig, step: Step, gpu: Gpu | None) -> float | None:
-    """The floor of a step."""
-    return None if gpu is None else 1000 * total(step_work(config, step)).floor_s(gpu)
+def floor_ms(config: GptOssConfig, step: Step, workload: Workload, gpu: Gpu | None) -> float | None:
+    """The floor of a step; an adapter that no sequence asks for costs nothing."""
+    if gpu is None:
+        return None
+    work = total(step_work(config, step))
+    return 1000 * (work + lora_work(config, step, workload.adapters, workload.rank)).floor_s(gpu)
 
 
 def tpot_table(measured: Sequence[Latency], title: str) -> Table:
@@ -260,11 +332,11 @@ def tpot_table(measured: Sequence[Latency], title: str) -> Table:
     return table
 
 
-def prefill_table(measured: Sequence[Latency], title: str) -> Table:
+def prefill_table(measured: Sequence[Latency], prompt: int, title: str) -> Table:
     """The same for the prefill of the whole batch."""
     table = _table(f"{title}: prefill", "prompt tokens/s")
     for m in measured:
-        speed = f"{1000 * m.batch * m.prompt / m.prefill.ms:,.0f}"
+        speed = f"{1000 * m.batch * prompt / m.prefill.ms:,.0f}"
         table.add_row(str(m.batch), *m.prefill.cells(), speed)
     return table
 

@@ -8,11 +8,35 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from headrace.config import ConfigError
 
-def write_csv(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclass instances: a column a field, None as nothing, makes the folder."""
+
+def write_csv(path: Path, rows: Sequence[Any], keys: Sequence[str] = ()) -> None:
+    """Write dataclass instances: a column a field, None as nothing; makes the folder.
+
+    With keys, rows that the file has already stay, but for those whose keys a new row has too.
+    Raises ConfigError for a file with other columns.
+    """
+    columns = [f.name for f in fields(rows[0])]
+    new = [asdict(row) for row in rows]
+    found = {_key(row, keys) for row in new}
+    old = [row for row in _read(path, columns) if _key(row, keys) not in found] if keys else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(old + new)
+
+
+def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != columns:
+            raise ConfigError(f"{path} has columns {reader.fieldnames}; give another file")
+        return list(reader)
+
+
+def _key(row: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in keys)
