@@ -177,9 +177,12 @@ def test_the_table_has_floors_shares_and_ratios() -> None:
 
 
 @pytest.mark.gpu
-def test_on_the_gpu_a_request_gets_the_same_tokens_at_every_batch_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapters", "rank"), [(0, 0), (2, 8)])
+def test_on_the_gpu_a_request_gets_the_same_tokens_at_every_batch_size(
+    tmp_path: Path, adapters: int, rank: int
+) -> None:
     write_synthetic(tmp_path / "tiny", SIZES["tiny"], seed=0)
     config = EngineConfig(model=tmp_path / "tiny", device="cuda", kv_cache_memory=100_000_000)
-    workload = Workload((1, 2, 5, 16), prompt=100, output=40)
+    workload = Workload((1, 2, 5, 16), prompt=100, output=40, adapters=adapters, rank=rank)
     assert run_latency(config, workload, tmp_path / "latency.csv") == 0
     assert len((tmp_path / "latency.csv").read_text().splitlines()) == 5
