@@ -38,7 +38,8 @@ class Graphs:
         """Record what `forward` launches; its inputs must keep their addresses."""
         forward()  # compiles kernels, which a capture may not
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: another thread, which reads adapters, may use the device meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = forward()
         self._captured[size] = graph, out
         self._sizes = sorted(self._captured)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes between the starts of two arrays
-EXTRA = 1 << 20  # bytes of the pinned blocks for `copy`
+EXTRA = 1 << 22  # bytes of the pinned blocks for `copy`: attention plans of 100,000s of tokens
 
 
 class Staging:
@@ -17,7 +17,7 @@ class Staging:
 
     Arrays with the same capacities get the same addresses, which a captured CUDA graph relies on.
     Two pinned blocks take turns: while the device still copies a step's block, the host fills the
-    next one. The step after that must not be staged before the first has ended.
+    next one, and before the one after that it waits until the first step has ended.
     """
 
     def __init__(self, capacities: Sequence[int], device: torch.device) -> None:
@@ -28,6 +28,7 @@ class Staging:
             self._hosts = [
                 torch.empty(num_bytes + EXTRA, dtype=torch.uint8, pin_memory=True) for _ in range(2)
             ]
+            self._steps = [torch.cuda.Event() for _ in range(2)]  # when each block's step ends
             self._end = 0
 
     def put(
@@ -38,8 +39,7 @@ class Staging:
         """Begin a step: its arrays as tensors on the device, valid until the next step's."""
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
-        self._hosts.reverse()
-        host, sizes = self._hosts[0], [array.nbytes for array in arrays]
+        host, sizes = self._next_host(), [array.nbytes for array in arrays]
         starts = _starts(capacities or sizes)
         self._end = starts[-1]
         assert self._end <= len(self._block), f"{self._end} bytes, {len(self._block)=}"
@@ -62,6 +62,17 @@ class Staging:
         _fill(host, begin, array)
         source = host[begin : begin + array.nbytes].view(to.dtype)
         to[: len(source)].copy_(source, non_blocking=True)
+
+    def _next_host(self) -> Tensor:
+        """The other pinned block, as soon as the device no longer needs it.
+
+        Seldom a wait: only prompts in chunks, of which no token is read, let the host run ahead.
+        """
+        self._steps[0].record()
+        self._hosts.reverse()
+        self._steps.reverse()
+        self._steps[0].synchronize()
+        return self._hosts[0]
 
 
 def _starts(capacities: Sequence[int]) -> list[int]:

@@ -88,10 +88,11 @@ class GptOss:
         self._max_lora_rank = max_lora_rank
         self._counters = routing_counters(max_num_tokens, self.device)
         num_bytes = 0
-        # fewer tokens may take more in places: other tiles
-        for shift in range(max_num_tokens.bit_length()):
+        # fewer tokens may take more in places: other tiles, and other parts of x A^T
+        powers = (1 << i for i in range(max_num_tokens.bit_length()))
+        for num_tokens in (max_num_tokens, *powers):
             size = ArenaSize()
-            self._buffers(size.take, max_num_tokens >> shift, max_num_outputs)
+            self._buffers(size.take, num_tokens, max_num_outputs)
             num_bytes = max(num_bytes, size.num_bytes)
         self._arena = Arena(num_bytes, self.device)
 
