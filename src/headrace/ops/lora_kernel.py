@@ -241,6 +241,50 @@ def add_low_rank(
     return acc
 
 
+@triton.jit
+def add_low_rank_at_once(
+    y,  # [BLOCK_M, BLOCK_N] float32
+    adapter,  # [BLOCK_M], from adapters_of_rows
+    row,  # [BLOCK_M]: rows of x
+    column,  # [BLOCK_N]: columns of B
+    x_ptr,  # [rows, in_features]
+    in_features,
+    width,
+    memory_ptr,
+    a_ptr,  # [num_slots], and so the next three
+    b_ptr,
+    rank_ptr,
+    scale_ptr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[row] += scale (x A^T) B, both halves here: for a site so narrow that one program has it."""
+    x_ptrs = x_ptr + row[:, None].to(tl.int64) * in_features
+    current = tl.min(adapter, 0)
+    while current < _NO_ADAPTER:
+        rank = tl.load(rank_ptr + current)
+        a_ptrs = memory_ptr + tl.multiple_of(tl.load(a_ptr + current), 128)
+        b_ptrs = memory_ptr + tl.multiple_of(tl.load(b_ptr + current), 128)
+        mine = (adapter == current)[:, None]
+        for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+            r = first_r + tl.arange(0, BLOCK_R)
+            u = tl.zeros([y.shape[0], BLOCK_R], tl.float32)
+            for step in range(0, in_features, BLOCK_K):
+                k = step + tl.arange(0, BLOCK_K)
+                in_k = k < in_features
+                x = tl.load(x_ptrs + k[None, :], mask=mine & in_k[None, :], other=0.0)
+                mask = (r < rank)[None, :] & in_k[:, None]
+                a = tl.load(a_ptrs + r[None, :] * in_features + k[:, None], mask=mask, other=0.0)
+                u = tl.dot(x, a, u, input_precision="ieee")
+            mask = (r < rank)[:, None] & (column < width)[None, :]
+            b = tl.load(b_ptrs + r[:, None] * width + column[None, :], mask=mask, other=0.0)
+            u = (u * tl.load(scale_ptr + current)).to(b.dtype)
+            y = tl.where(mine, y + tl.dot(u, b, input_precision="ieee"), y)
+        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
+        current = tl.min(adapter, 0)
+    return y
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def expand_kernel(
     y_ptr,  # [num_rows, sum of WIDTHS]

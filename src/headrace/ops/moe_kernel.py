@@ -15,7 +15,7 @@ from headrace.ops.experts_kernel import (
     grouped_matmul,
     weighted_sum,
 )
-from headrace.ops.lora import MoELora, add_lora, own_parts
+from headrace.ops.lora import MoELora, own_parts
 from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
@@ -46,10 +46,8 @@ def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | 
     if lora is None:
         routing_kernel.route(h, None, *norm_and_router, block_m, weights.renormalize)
     else:
-        logits = routing_kernel.route_logits(h, *norm_and_router)
-        site, parts = lora.layer.router, lora.buffers.tokens
-        add_lora(logits, routing.normed, site, lora.memory, lora.rows, parts)
-        routing_kernel.choose(routing, block_m, weights.renormalize)
+        routing_kernel.route_logits(h, *norm_and_router)
+        routing_kernel.choose(routing, block_m, weights.renormalize, lora=lora)
 
 
 def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.ops.lora import MoELora
+from headrace.ops.lora_kernel import adapters_of_rows, add_low_rank_at_once
 from headrace.ops.routing import (
     BLOCK_T,
     GROUP_CHUNKS,
@@ -327,6 +329,14 @@ def router_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
 def choose_kernel(
     logits_ptr,  # [num_tokens, num_experts] float32
+    normed_ptr,  # [num_tokens, hidden]
+    slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token; None: no adapters
+    memory_ptr,
+    a_ptr,  # [1, adapters] int64
+    b_ptr,  # [1, adapters] int64
+    rank_ptr,  # [1, adapters] int32
+    scale_ptr,  # [1, adapters] float32
+    hidden,
     ids_ptr,
     weights_ptr,
     counters_ptr,
@@ -349,12 +359,18 @@ def choose_kernel(
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """What router_kernel does with its logits, for given ones."""
+    """What router_kernel does with its logits, for given ones and what adapters add to them."""
     chunk = tl.program_id(0)
     token = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, EXPERTS)
     mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
     logits = tl.load(logits_ptr + token[:, None] * num_experts + expert[None, :], mask=mask)
+    if slot_of_token_ptr is not None:
+        adapter = adapters_of_rows(slot_of_token_ptr, token, token < num_tokens)
+        logits = add_low_rank_at_once(
+            logits, adapter, token, expert, normed_ptr, hidden, num_experts, memory_ptr, a_ptr,
+            b_ptr, rank_ptr, scale_ptr, 64, 256,
+        )  # fmt: skip
     _choose(
         logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr, ranks_ptr,
         histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert, num_local,
@@ -402,8 +418,7 @@ def route_logits(
 ) -> Tensor:
     """The first half of `route`: fill normed and logits, and return these.
 
-    Whoever changes logits does it between this and `choose`; a row left as it is gets the bits
-    that `route` would give it.
+    `choose` is the other half; a row without an adapter gets the bits that `route` would give it.
     """
     _check(x, None, norm_weight, router_weight, router_bias, buffers)
     if len(x):
@@ -418,22 +433,37 @@ def choose(
     block_m: int,
     renormalize: bool = True,
     local: range | None = None,
+    lora: MoELora | None = None,
 ) -> None:
-    """The second half of `route`: fill expert_ids, expert_weights and sorted from logits."""
+    """The second half of `route`: fill expert_ids, expert_weights and sorted.
+
+    From logits, and what the adapters of the router add to them.
+    """
     num_tokens, num_experts = buffers.logits.shape
     local = local or range(num_experts)
     check_sort(buffers, local, block_m)
     if num_tokens:
         top_k = buffers.expert_ids.shape[1]
         choose_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-            buffers.logits, buffers.expert_ids, buffers.expert_weights, buffers.counters,
-            buffers.ranks, buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
+            buffers.logits, buffers.normed, *_lora_arguments(lora),
+            buffers.expert_ids, buffers.expert_weights, buffers.counters, buffers.ranks,
+            buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
             num_tokens, num_experts, len(buffers.sorted.blocks), local.start, len(local),
             TOP_K=top_k, RENORMALIZE=renormalize, EXPERTS=padded_experts(num_experts),
             BLOCK_T=BLOCK_T, BLOCK_M=block_m, **_sort_sizes(num_tokens, top_k),
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, num_stages=2,
         )  # fmt: skip
         _place_if_many(buffers, block_m, local)
+
+
+def _lora_arguments(lora: MoELora | None) -> tuple[Tensor | int | None, ...]:
+    if lora is None:
+        return (None,) * 7
+    site = lora.layer.router
+    return (
+        lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale,
+        site.in_features,
+    )  # fmt: skip
 
 
 def router_gemm(
