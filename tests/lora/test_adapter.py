@@ -98,6 +98,8 @@ def test_a_pair_for_each_expert_means_the_same(
     for key, factors in got.factors.items():
         assert torch.allclose(delta(factors), delta(expected[key]), atol=1e-6), key
     assert got.factors["model.layers.0.mlp.experts.gate_up_proj"].rank == 8  # gate's and up's
+    with pytest.raises(ConfigError, match="gate and up together have rank 8, above --max-lora-r"):
+        read(model, path, max_rank=7)
 
 
 def test_some_experts_and_some_projections(model: Model, adapter: Path, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ class _Reader:
                 )
             elif not self.problems:
                 self._factors[key] = stack_experts(self.targets[key], experts)
+                self._check_stacked(experts[0].name, self._factors[key].rank)
         if not self._factors and not self.problems:
             self.problems.append(f"{TENSORS_NAME} holds no LoRA tensors")
         return self._factors
@@ -219,6 +220,11 @@ class _Reader:
             a, b = self._tensors(pair)
             scale = self._scale(module, rank)
             self._experts[key].append(ExpertFactors(name, part, index, a, b.T, scale))
+
+    def _check_stacked(self, name: str, rank: int) -> None:
+        if rank > self._max_rank:
+            reason = f"gate and up together have rank {rank}, above --max-lora-rank"
+            self._refuse(name, f"{reason} {self._max_rank}")
 
     def _add(self, key: str, pair: _Pair, factors: Factors) -> None:
         if key in self._factors:
