@@ -23,13 +23,13 @@ from tests.ops.test_attention import Case, Inputs, exact, make
 gpu = pytest.mark.gpu
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
 
-MANY = {"num_sms": 100, "max_part_rows": 512}  # programs, so that all that can be split is
-WHOLE = {"num_sms": 1, "max_part_rows": 0}
+SPLIT = {"split_above": 0.0}  # all that can be split is
+WHOLE = {"split_above": math.inf}
 CASES = {
     "one decode row": Case(((9, 1),), head_dim=16),
     "mixed": Case(((9, 1), (16, 16), (133, 5), (4, 1)), head_dim=16),
     "mixed, window": Case(((9, 1), (16, 16), (133, 5), (4, 1)), head_dim=16, window=5),
-    "two tiles": Case(((300, 40),), head_dim=16, block_size=8),
+    "two tiles": Case(((300, 11),), 8, 1, 16, block_size=8),
     "two tiles, window": Case(((300, 40),), head_dim=16, block_size=8, window=20),
     "a window over two blocks": Case(((300, 3), (129, 1)), head_dim=16, window=128, block_size=16),
     "window of one token": Case(((7, 7), (130, 1)), head_dim=16, window=1),
@@ -41,17 +41,17 @@ CASES = {
 }
 
 
-def plan_of(case: Case, device: str, **options) -> AttentionPlan:
+def plan_of(case: Case, split_above: float = 0.0) -> AttentionPlan:
     lengths, rows = np.array(case.sequences).T
     heads = case.num_heads, case.num_kv_heads, case.head_dim
-    shape = ap.plan_shape(int(rows.sum()), len(rows), *heads, **options)
-    plan = ap.empty_plan(shape, case.window, device)
+    shape = ap.plan_shape(int(rows.sum()), len(rows), *heads, num_sms=2, max_part_rows=512)
+    plan = ap.empty_plan(replace(shape, split_above=split_above), case.window, "cpu")
     plan.fill(rows, lengths)
     return plan
 
 
 def interpret(case: Case, x: Inputs, **options) -> Tensor:
-    plan = plan_of(case, "cpu", **options)
+    plan = plan_of(case, **options)
     q = torch.cat(x.q)
     out = torch.full_like(q, torch.nan)
     scale = case.head_dim**-0.5
@@ -68,23 +68,23 @@ def test_interpreted_equals_float64_and_parts_change_no_bit(name: str) -> None:
     whole = interpret(case, x, **WHOLE)
     assert_close(whole.double(), exact(case, x), rtol=1e-4, atol=1e-5)
     long = any(length > 128 for length, _ in case.sequences) and not case.window
-    words = plan_of(case, "cpu", **MANY).words
+    words = plan_of(case, **SPLIT).words
     assert bool((words[ap.HEADER + ap.PARTS :: len(ap.FIELDS)] > 1).any()) == long
-    assert torch.equal(interpret(case, x, **MANY), whole)
+    assert torch.equal(interpret(case, x, **SPLIT), whole)
 
 
 @interpreted
 @pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("chunk", [1, 20])
-def test_interpreted_chunks_change_no_bit(window: int, chunk: int) -> None:
-    """Rows 254:258, on both sides of a cut: alone, or the last of 20, or amid 40."""
+@pytest.mark.parametrize(("chunk", "options"), [(1, SPLIT), (20, WHOLE)])
+def test_interpreted_chunks_change_no_bit(window: int, chunk: int, options: dict) -> None:
+    """Rows 254:258, on both sides of a cut: alone and split, or the last of 20, or amid 40."""
     case = Case(((260, 40),), head_dim=16, window=window, block_size=16)
     x = make(case)
     expected = interpret(case, x, **WHOLE)[34:38]
     for row, end in enumerate(range(255, 259)):
         rows = replace(x, q=[x.q[0][end - chunk - 220 : end - 220]])
         part = replace(case, sequences=((end, chunk),))
-        assert torch.equal(interpret(part, rows, **MANY)[-1], expected[row]), end
+        assert torch.equal(interpret(part, rows, **options)[-1], expected[row]), end
 
 
 @interpreted
@@ -102,12 +102,12 @@ def test_interpreted_float16() -> None:
 def test_interpreted_wrong_attention_is_noticed(wrong: str) -> None:
     case = Case(((300, 2),), head_dim=16)
     x = make(case)
-    plan = plan_of(case, "cpu", **MANY)
+    plan = plan_of(case, **SPLIT)
     items = plan.words[ap.HEADER :].view(-1)
     if wrong == "sink":
         x = replace(x, sinks=x.sinks + 1)
     elif wrong == "window":
-        plan = plan_of(replace(case, window=299), "cpu")
+        plan = plan_of(replace(case, window=299))
     elif wrong == "pages":
         x.block_table[0, :75] = x.block_table[0, :75].roll(1)
     elif wrong == "heads":
@@ -153,7 +153,7 @@ def test_wrong_arguments_are_named(name, change, message) -> None:
     x = make(case)
     arguments = {
         "q": torch.cat(x.q), "kv_cache": x.cache, "block_table": x.block_table, "sinks": x.sinks,
-        "scale": 0.25, "plan": plan_of(case, "cpu"), "out": torch.empty_like(x.q[0]),
+        "scale": 0.25, "plan": plan_of(case), "out": torch.empty_like(x.q[0]),
     }  # fmt: skip
     attention_kernel.paged_attention(**arguments)
     arguments[name] = change(arguments[name])
@@ -288,7 +288,6 @@ def test_companions_and_parts_change_no_bit(window: int) -> None:
         AttentionTile(num_stages=2),
         AttentionTile(programs_per_sm=3),
         AttentionTile(rows=128, num_warps=8, programs_per_sm=1),
-        AttentionTile(rows=128, num_warps=4, programs_per_sm=1),
     ],
     ids=str,
 )

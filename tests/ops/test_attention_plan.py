@@ -139,7 +139,7 @@ def test_short_contexts_in_a_large_batch_are_left_whole() -> None:
 
 
 def test_the_longest_are_split_first_where_not_all_can_be() -> None:
-    shape = replace(GPT_OSS, max_part_rows=90)
+    shape = replace(GPT_OSS, max_part_rows=90, split_above=0.0)
     items = plan([(8000, 1), (131072, 1), (9000, 1)], 0, shape)
     assert {s: int((items[:, ap.SEQ] == s).sum()) for s in range(3)} == {0: 1, 1: 82, 2: 1}
 

@@ -26,7 +26,7 @@ from headrace.config import ConfigError
 from headrace.ops.attention_plan import AttentionPlan, AttentionTile, empty_plan
 
 SIZES = (1, 4, 16, 64, 128, 512, 2048, 8192)
-SPLIT_ABOVE = (0.5, 1.0, 2.0, 4.0, 1e9)  # fair shares; the last: nothing is split
+SPLIT_ABOVE = (0.5, 1.5, 6.0, 1e9)  # the last: nothing is split
 TILES = (
     AttentionTile(),
     AttentionTile(num_stages=2),
@@ -92,8 +92,7 @@ def tune(
             yield _timed(calls, with_tile(calls, tile))
         for split_above in SPLIT_ABOVE if problem.step == "decode" and not problem.window else ():
             shape = replace(calls.plan.shape, split_above=split_above)
-            if split_above != calls.plan.shape.split_above:
-                yield _timed(calls, empty_plan(shape, problem.window, device))
+            yield _timed(calls, empty_plan(shape, problem.window, device))
 
 
 def with_tile(calls: Calls, tile: AttentionTile) -> AttentionPlan:

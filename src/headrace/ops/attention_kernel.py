@@ -174,7 +174,10 @@ def _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS: tl.constexpr):
     return row // GROUP * NUM_HEADS + row % GROUP, row < num_tokens * GROUP
 
 
-@triton.jit(do_not_specialize=["counters_start", "seq_stride", "block_stride", "window"])
+@triton.jit(
+    do_not_specialize=["counters_start", "seq_stride", "block_stride", "window"],
+    do_not_specialize_on_alignment=["table_ptr"],
+)
 def attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     cache_ptr,  # [2 (k, v), num_pages, PAGE, num_kv_heads, head_dim]

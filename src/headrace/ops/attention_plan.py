@@ -63,7 +63,7 @@ class PlanShape:
     max_items: int
     max_part_rows: int  # tokens x parts of all tiles that are split
     num_programs: int  # of the kernel: they share out items x num_kv_heads
-    split_above: float = 2.0  # fair shares of all blocks: longer tiles are split
+    split_above: float = 3.0  # tiles longer than so many times (a fair share of all + 1 block)
 
     @property
     def tile_tokens(self) -> int:
@@ -121,7 +121,7 @@ def plan_shape(
     num_kv_heads: int,
     head_dim: int,
     num_sms: int = 132,
-    max_part_rows: int = 2048,
+    max_part_rows: int = 4096,
     tile: AttentionTile = AttentionTile(),
 ) -> PlanShape:
     """Room for every batch of such a size, whatever the lengths of its contexts.
@@ -221,7 +221,7 @@ def _parts(tiles: np.ndarray, shape: PlanShape) -> np.ndarray:
     blocks = tiles[:, END_BLOCK]
     parts = num_splits(blocks * shape.tile.keys)
     fair_share = blocks.sum() * shape.num_kv_heads / shape.num_programs
-    parts[blocks <= shape.split_above * fair_share] = 1
+    parts[blocks <= shape.split_above * (fair_share + 1)] = 1
     rows = np.where(parts > 1, parts * tiles[:, NUM_TOKENS], 0)
     longest_first = np.argsort(-blocks, kind="stable")
     too_many = rows[longest_first].cumsum() > shape.max_part_rows
