@@ -8,7 +8,7 @@ import torch
 from headrace.lora.rows import row_arrays
 from headrace.ops import routing_kernel, sort_kernel
 from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
-from headrace.ops.lora import LoraRows, LoraSite
+from headrace.ops.lora import LoraBuffers, LoraLayer, LoraRows, LoraSite, MoELora
 from headrace.ops.lora_kernel import (
     FEW_ROWS,
     add_expert_lora_kernel,
@@ -164,6 +164,42 @@ def test_interpreted_one_part_has_the_bits_of_many():
     check_rows(out, y, x, adapters, slots, 1e-5)
 
 
+def check_router(num_tokens, hidden, num_experts, ranks, device, dtype, limit):
+    """Rows with an adapter choose by logits + delta; the others have the bits of the base."""
+    adapters = Adapters([ranks], hidden, [num_experts], 1, device, dtype)
+    site = adapters.site
+    slots = (torch.arange(num_tokens, device=device) % (len(ranks) + 1) - 1).int()
+    lora = MoELora(
+        LoraLayer(site, site, site, site, site), adapters.memory, rows_of(slots, len(ranks)),
+        LoraBuffers(),
+    )  # fmt: skip
+    weight = (torch.randn(num_experts, hidden, device=device) * 0.05).to(dtype)
+    norm, x = weight[0] + 1, torch.randn(num_tokens, hidden, device=device).to(dtype)
+    both = [
+        routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, dtype, device) for _ in "12"
+    ]
+    base, buffers = both
+    routing_kernel.route(x, None, norm, 1e-5, weight, None, base, 16)
+    logits = routing_kernel.route_logits(x, norm, 1e-5, weight, None, buffers).double()
+    routing_kernel.choose(buffers, 16, lora=lora)
+    none = slots < 0
+    assert torch.equal(buffers.expert_ids[none], base.expert_ids[none])
+    assert torch.equal(buffers.expert_weights[none], base.expert_weights[none])
+    for slot in range(len(ranks)):
+        logits[slots == slot] += adapters.delta(buffers.normed[slots == slot], slot)
+    chosen = logits.gather(1, buffers.expert_ids.long())
+    torch.testing.assert_close(chosen, logits.topk(4).values, rtol=0, atol=limit)
+    weights = buffers.expert_weights.double()
+    torch.testing.assert_close(weights, chosen.softmax(1), rtol=limit, atol=limit)
+    changed = buffers.expert_weights != base.expert_weights
+    assert changed[slots == 0].any(1).all()
+
+
+@interpreted
+def test_interpreted_router():
+    check_router(19, 300, 12, [20, 0, 70], "cpu", torch.float32, 1e-4)
+
+
 class LayerAdapters:
     """Random adapters of both matmuls of one layer of experts."""
 
@@ -287,6 +323,13 @@ def test_embedding():
     call = adapters.site, adapters.memory, rows_of(slots, 3), parts
     out = add_lora_embedding_kernel(y.clone(), tokens, *call)
     check_rows(out, y, torch.nn.functional.one_hot(tokens, 20108), adapters, slots, 0.02)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [2, 16, 100, 300])
+@pytest.mark.parametrize("num_experts", [32, 128])
+def test_router(num_tokens, num_experts):
+    check_router(num_tokens, 2880, num_experts, [64, 0, 8, 200], "cuda", torch.bfloat16, 0.03)
 
 
 @pytest.fixture(scope="module")
