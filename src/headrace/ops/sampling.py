@@ -36,6 +36,7 @@ class SamplingBuffers:
     """What the kernels of `sample` write beside the tokens; nothing in it outlives a call."""
 
     best: Tensor  # [num_rows, num_chunks] int64: the largest logit of a chunk and its token
+    largest: Tensor  # [num_rows] fp32: of the row
     masses: Tensor  # [num_rows, num_chunks] int64: probability that may be drawn
     level_counts: Tensor  # [num_rows, 2, NUM_LEVELS, num_chunks] int32: tokens over each level
     level_masses: Tensor  # [num_rows, 2, NUM_LEVELS, num_chunks] int64: their probability
@@ -49,6 +50,7 @@ def sampling_buffers(take: Take, num_rows: int, vocab_size: int) -> SamplingBuff
     levels = num_rows, 2, NUM_LEVELS, num_chunks
     return SamplingBuffers(
         best=take((num_rows, num_chunks), torch.int64),
+        largest=take((num_rows,), torch.float32),
         masses=take((num_rows, num_chunks), torch.int64),
         level_counts=take(levels, torch.int32),
         level_masses=take(levels, torch.int64),

@@ -62,13 +62,6 @@ def _token(ranked):
 
 
 @triton.jit
-def _best(best_ptr, row, num_chunks, CHUNKS: tl.constexpr):
-    """The best of a row, ranked."""
-    chunk = tl.minimum(tl.arange(0, CHUNKS), num_chunks - 1)
-    return tl.max(tl.load(best_ptr + row * num_chunks + chunk))
-
-
-@triton.jit
 def _mass(y, largest):
     """exp(y - largest) in fixed point; 0 if that is NaN."""
     p = tl.where(y == largest, 1.0, tl.exp(y - largest))
@@ -76,14 +69,11 @@ def _mass(y, largest):
 
 
 @triton.jit
-def _draw_params(
-    draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS: tl.constexpr
-):
+def _draw_params(draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr):
     """A draw's row, temperature, largest scaled logit, and the smallest one that min_p keeps."""
     row = tl.load(rows_ptr + draw)
     temperature = tl.load(temperature_ptr + draw)
-    order = (_best(best_ptr, row, num_chunks, CHUNKS) >> 32).to(tl.int32)
-    largest = tl.div_rn(_value(order), temperature)
+    largest = tl.div_rn(tl.load(largest_ptr + row), temperature)
     return row, temperature, largest, largest + tl.load(log_min_p_ptr + draw)
 
 
@@ -124,10 +114,19 @@ def best_kernel(
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def argmax_kernel(best_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
-    """The best token of one row."""
+def argmax_kernel(
+    best_ptr,
+    largest_ptr,  # [num_rows] fp32
+    out_ptr,  # [num_rows] int64
+    num_chunks,
+    CHUNKS: tl.constexpr,
+):
+    """The best token of one row, and its logit."""
     row = tl.program_id(0)
-    tl.store(out_ptr + row, _token(_best(best_ptr, row, num_chunks, CHUNKS)))
+    chunk = tl.minimum(tl.arange(0, CHUNKS), num_chunks - 1)
+    best = tl.max(tl.load(best_ptr + row * num_chunks + chunk))
+    tl.store(largest_ptr + row, _value((best >> 32).to(tl.int32)))
+    tl.store(out_ptr + row, _token(best))
 
 
 @triton.jit
@@ -230,7 +229,7 @@ def levels_kernel(
     log_min_p_ptr,
     top_k_ptr,
     top_p_ptr,
-    best_ptr,
+    largest_ptr,
     level_counts_ptr,  # [num_filtered, 2 passes, LEVELS, num_chunks] int32
     level_masses_ptr,  # [num_filtered, 2 passes, LEVELS, num_chunks] int64
     stride_row,
@@ -244,7 +243,7 @@ def levels_kernel(
     chunk = tl.program_id(0)
     draw = tl.program_id(1)
     row, temperature, largest, floor = _draw_params(
-        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr
     )
     orders = _first_orders(largest)
     first_at = draw * 2 * LEVELS
@@ -278,7 +277,7 @@ def candidates_kernel(
     log_min_p_ptr,
     top_k_ptr,
     top_p_ptr,
-    best_ptr,
+    largest_ptr,
     level_counts_ptr,
     level_masses_ptr,
     candidates_ptr,  # [num_filtered, MOST] int32
@@ -293,7 +292,7 @@ def candidates_kernel(
     draw = tl.program_id(1)
     top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
     row, temperature, largest, floor = _draw_params(
-        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr
     )
     low, high, low_at, high_at, size, _ = _bracket(
         draw, top_k, top_p, largest, level_counts_ptr, level_masses_ptr, num_chunks, True, CHUNKS
@@ -404,7 +403,7 @@ def search_kernel(
     log_min_p_ptr,
     top_k_ptr,
     top_p_ptr,
-    best_ptr,
+    largest_ptr,
     level_counts_ptr,
     level_masses_ptr,
     candidates_ptr,
@@ -420,7 +419,7 @@ def search_kernel(
     draw = tl.program_id(0)
     top_k, top_p = _limits(draw, top_k_ptr, top_p_ptr, vocab)
     row, temperature, largest, floor = _draw_params(
-        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr
     )
     low, high, _low_at, high_at, size, target = _bracket(
         draw, top_k, top_p, largest, level_counts_ptr, level_masses_ptr, num_chunks, True, CHUNKS
@@ -479,7 +478,7 @@ def masses_kernel(
     rows_ptr,
     temperature_ptr,
     log_min_p_ptr,
-    best_ptr,
+    largest_ptr,
     cuts_ptr,
     masses_ptr,  # [num_draws, num_chunks] int64
     stride_row,
@@ -487,13 +486,12 @@ def masses_kernel(
     num_chunks,
     num_filtered,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
 ):
     """Mass of one chunk."""
     chunk = tl.program_id(0)
     draw = tl.program_id(1)
     row, temperature, largest, floor = _draw_params(
-        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr
     )
     masses = _chunk_masses(
         draw, logits_ptr + row * stride_row, chunk, temperature, largest, floor, cuts_ptr,
@@ -508,7 +506,7 @@ def draw_kernel(
     rows_ptr,
     temperature_ptr,
     log_min_p_ptr,
-    best_ptr,
+    largest_ptr,
     cuts_ptr,
     masses_ptr,
     uniform_ptr,  # [num_draws] float64
@@ -523,7 +521,7 @@ def draw_kernel(
     """The first token with p(0) + ... + p(token) > uniform, of one row: its chunk, then itself."""
     draw = tl.program_id(0)
     row, temperature, largest, floor = _draw_params(
-        draw, rows_ptr, temperature_ptr, log_min_p_ptr, best_ptr, num_chunks, CHUNKS
+        draw, rows_ptr, temperature_ptr, log_min_p_ptr, largest_ptr
     )
     chunks = tl.arange(0, CHUNKS)
     masses = tl.load(masses_ptr + draw * num_chunks + chunks, mask=chunks < num_chunks, other=0)
@@ -708,7 +706,9 @@ def sample(
         logits, buffers.best, logits.stride(0), vocab, num_chunks, CHUNK=CHUNK, num_warps=4
     )
     chunks = triton.next_power_of_2(num_chunks)
-    argmax_kernel[(num_rows,)](buffers.best, out, num_chunks, CHUNKS=chunks, num_warps=1)
+    argmax_kernel[(num_rows,)](
+        buffers.best, buffers.largest, out, num_chunks, CHUNKS=chunks, num_warps=1
+    )
     if draws is not None and len(draws.rows):
         _draw(logits, draws, _checked(draws, uniform, num_rows), out, buffers)
     return out
@@ -725,7 +725,7 @@ def _draw(
     row = logits, draws.rows, draws.temperature, draws.log_min_p
     if num_filtered:
         measured = (
-            *row, draws.top_k, draws.top_p, buffers.best,
+            *row, draws.top_k, draws.top_p, buffers.largest,
             buffers.level_counts, buffers.level_masses,
         )  # fmt: skip
         for finer in (False, True):
@@ -739,8 +739,8 @@ def _draw(
             *measured, buffers.candidates, buffers.cuts, *shape, CHUNKS=sizes["CHUNKS"],
             BLOCK=2048, PIVOTS=8, num_warps=8,
         )  # fmt: skip
-    drawn = *row, buffers.best, buffers.cuts, buffers.masses
-    masses_kernel[(num_chunks, num_draws)](*drawn, *shape, num_filtered, **sizes, num_warps=4)
+    drawn = *row, buffers.largest, buffers.cuts, buffers.masses
+    masses_kernel[(num_chunks, num_draws)](*drawn, *shape, num_filtered, CHUNK=CHUNK, num_warps=4)
     draw_kernel[(num_draws,)](*drawn, uniform, out, *shape, num_filtered, **sizes, num_warps=8)
 
 
