@@ -157,7 +157,7 @@ def sampling_kernels(capability):
         "levels": (chunk | chunks | dict(FINER=True), 8),
         "candidates": (chunk | chunks, 8),
         "search": (chunks | dict(BLOCK=2048, PIVOTS=8), 8),
-        "masses": (chunk | chunks, 4), "draw": (chunk | chunks, 8),
+        "masses": (chunk, 4), "draw": (chunk | chunks, 8),
         "score_chunks": (chunk, 8), "score_rows": (chunks | dict(TOPS=2048), 4),
         "penalties": (chunk, 8),
     }
