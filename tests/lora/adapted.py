@@ -56,5 +56,5 @@ class AdaptedModel:
         return self.model.forward(replace(batch, lora=lora))
 
     def _rows(self, slots: np.ndarray) -> LoraRows:
-        arrays = row_arrays(slots, NUM_SLOTS)
+        arrays = row_arrays(slots, self.memory.weights.lm_head.rank.shape[1])
         return LoraRows(*(torch.from_numpy(array).to(self.device) for array in arrays))

@@ -15,6 +15,7 @@ from headrace.lora.targets import Site, Target
 from headrace.ops.lora import ALIGNMENT, LoraLayer, LoraSite, LoraWeights
 
 SITES_OF_LAYER = 5
+SLOTS_ALIGNED = 4  # rows of the int32 tables begin at 16 bytes: kernels are compiled for that once
 
 T = TypeVar("T")
 Sizes = dict[str, int]  # key of a target -> elements of its factors in the memory
@@ -81,7 +82,8 @@ class LoraMemory:
         self.ranges = Ranges(num_elements)
         self._segment = {key: i for i, key in enumerate(self.targets)}
         self._memory = torch.empty(num_elements, dtype=dtype, device=device)
-        self._tables = Tables.zeros(len(self.targets), num_slots, device)
+        self._columns = -(-num_slots // SLOTS_ALIGNED) * SLOTS_ALIGNED
+        self._tables = Tables.zeros(len(self.targets), self._columns, device)
         self.weights = self._weights(self._tables, max_rank)
 
     def place(self, sizes: Sizes) -> Placement | None:
@@ -123,7 +125,7 @@ class LoraMemory:
 
     def alone(self, slot: int, placement: Placement, factors: Mapping[str, Factors]) -> LoraWeights:
         """The weights with this adapter only, for a check before it is published."""
-        tables = Tables.zeros(len(self.targets), self.num_slots, self._memory.device)
+        tables = Tables.zeros(len(self.targets), self._columns, self._memory.device)
         tables.set_column(slot, self._column(placement, factors))
         return self._weights(tables, self.weights.max_rank)
 
