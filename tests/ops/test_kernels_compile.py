@@ -21,8 +21,9 @@ from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
            "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
-           "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "sum": "*bf16", "memory": "*bf16",
-           "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32", "token_ids": "*i64"}
+           "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "sum": "*bf16",
+           "memory": "*bf16", "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32",
+           "token_ids": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
            "y_stride", "stride_row", "vocab", "value_offset"}
@@ -71,7 +72,8 @@ def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
         LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=max(16, 1024 // block_m),
-        NUM_COUNTERS=64 if fused and first else 0, EARLY=fused and capability == 90)
+        NUM_COUNTERS=64 if fused and first else 0, EARLY=fused and capability == 90,
+        PREFETCH_BYTES=32768 if fused and capability == 90 else 0)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
     if not (fused and first and capability == 90):
@@ -203,17 +205,19 @@ def all_kernels(capability):
                                      | ({} if capability == 90 else {"next_ptr": None}), 8,
                                      next="*bf16")
     for experts in (32, 128):
-        for split, chunks in ((True, 1), (True, 8), (False, 8)):  # to 16, to 128 tokens, beyond
-            results[f"router {experts} {split} {chunks}"] = compile_kernel(
+        # 1, 16, 128 tokens, and more
+        for split, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):
+            results[f"router {experts} {split} {chunks} {rows}"] = compile_kernel(
                 routing_kernel.router_kernel, capability,
-                dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, EXPERTS=experts, BLOCK_T=16,
+                dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, PADDED_HIDDEN=4096,
+                     EXPERTS=experts, BLOCK_T=16, ROWS=rows,
                      SLICE_K=256, BLOCK_K=64, SPLIT=split, ONE_CHUNK=split and chunks == 1,
                      BLOCK_M=16, CHUNKS=8, SLOTS=512, residual_ptr=None,
-                     EARLY=capability == 90), 8)
+                     EARLY=capability == 90), 16)
         results[f"choose {experts}"] = compile_kernel(
             routing_kernel.choose_kernel, capability,
             dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SPLIT=True,
-                 ONE_CHUNK=False, BLOCK_M=16, CHUNKS=8, SLOTS=512), 8, logits="*fp32")
+                 ONE_CHUNK=False, BLOCK_M=16, CHUNKS=8, SLOTS=512), 16, logits="*fp32")
         results[f"place {experts}"] = compile_kernel(
             sort_kernel.place_kernel, capability,
             dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops.lora import MoELora
 from headrace.ops.lora_kernel import adapters_of_rows, add_low_rank_at_once
@@ -28,7 +29,7 @@ from headrace.ops.routing import (
 )
 from headrace.ops.sort_kernel import check_sort, check_tensor, place, place_slots, write_blocks
 
-NUM_WARPS = 8  # of both ways, for a row's sum of squares must have one order
+NUM_WARPS = 16  # of both ways, for a row's sum of squares must have one order
 
 
 def allocate(
@@ -64,44 +65,34 @@ def _arrive(counter_ptr, total):
 
 @triton.jit
 def _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN: tl.constexpr):
-    """x + residual of some columns, rounded to x's dtype, as float32."""
+    """x + residual of some columns, in x's dtype."""
     place = token[:, None].to(tl.int64) * HIDDEN + column[None, :]
     mask = (token < num_tokens)[:, None] & (column < HIDDEN)[None, :]
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
-    return x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def _squares(
-    x_ptr,
-    residual_ptr,
-    token,
-    num_tokens,
+def _inverse_rms(
+    x,  # [ROWS, PADDED_HIDDEN]
+    eps,
     HIDDEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    SLICE_K: tl.constexpr,
 ):
-    """x ** 2, a row's slices added up. Unrolled, so that all loads are on their way at once."""
-    squares = tl.zeros([BLOCK_T, SLICE_K], tl.float32)
-    for start in tl.static_range(0, HIDDEN, SLICE_K):
-        column = start + tl.arange(0, SLICE_K)
-        x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
-        squares = tl.fma(x, x, squares)
-    return squares
+    """1 / sqrt(mean(x ** 2) + eps) of each row.
 
-
-@triton.jit
-def _inverse_rms(squares, eps, HIDDEN: tl.constexpr):
-    """1 / sqrt(mean(x ** 2) + eps) of each row."""
-    return tl.rsqrt(tl.sum(squares, 1) / HIDDEN + eps)
+    All threads lie along the row, so that its sum has the same order whatever ROWS is; the square
+    of a bfloat16 is exact in float32.
+    """
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, 1) / HIDDEN + eps)
 
 
 @triton.jit
 def _store_normed(
-    x,  # [BLOCK_T, SLICE_K] float32, the sum already rounded
+    x,  # [BLOCK_T, SLICE_K], the sum already rounded
     norm,  # [SLICE_K] float32
     scale,  # [BLOCK_T] float32
     summed_ptr,
@@ -116,8 +107,8 @@ def _store_normed(
     place = token[:, None].to(tl.int64) * HIDDEN + column[None, :]
     mask = (token < num_tokens)[:, None] & (column < HIDDEN)[None, :]
     if STORE_SUM:
-        tl.store(summed_ptr + place, x.to(summed_ptr.dtype.element_ty), mask=mask)
-    normed = (x * scale[:, None] * norm[None, :]).to(normed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + place, x, mask=mask)
+    normed = (x.to(tl.float32) * scale[:, None] * norm[None, :]).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + place, normed, mask=mask)
     return normed
 
@@ -125,10 +116,33 @@ def _store_normed(
 @triton.jit
 def _load_weight(
     weight_ptr, column, num_experts, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr
-):  # [columns, EXPERTS]
+):  # [EXPERTS, columns]
     expert = tl.arange(0, EXPERTS)
-    mask = (column < HIDDEN)[:, None] & (expert < num_experts)[None, :]
-    return tl.load(weight_ptr + expert[None, :] * HIDDEN + column[:, None], mask=mask, other=0.0)
+    mask = (expert < num_experts)[:, None] & (column < HIDDEN)[None, :]
+    return tl.load(weight_ptr + expert[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _prefetch_weight(
+    weight_ptr,
+    first_column,
+    num_experts,
+    HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLICE_K: tl.constexpr,
+):
+    """Bring a slice of the weight into L2, by lines of 128 bytes; nobody waits for it."""
+    expert = tl.minimum(tl.arange(0, EXPERTS), num_experts - 1)
+    column = tl.minimum(first_column + tl.arange(0, SLICE_K // 64) * 64, HIDDEN - 1)
+    lines = weight_ptr + expert[:, None] * HIDDEN + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [lines.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -239,8 +253,10 @@ def router_kernel(
     TOP_K: tl.constexpr,  # 0: write the logits to weights_ptr and stop
     RENORMALIZE: tl.constexpr,
     HIDDEN: tl.constexpr,
+    PADDED_HIDDEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,  # of BLOCK_T tokens, at most so many exist
     SLICE_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # a program a slice, and the last one does the rest
@@ -248,36 +264,49 @@ def router_kernel(
     BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr,  # with SPLIT: all chunks of BLOCK_T tokens
     SLOTS: tl.constexpr,  # with SPLIT: all slots, padded
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """normed = rms_norm(x + residual); logits = normed W^T + b; then top-k, and the sort's part."""
     SLICES: tl.constexpr = (HIDDEN + SLICE_K - 1) // SLICE_K
     ADDED: tl.constexpr = residual_ptr is not None
+    # the experts are the tall side of the product: 64 rows, as Hopper's instruction wants them
+    TALL: tl.constexpr = max(EXPERTS, 64)
     chunk = tl.program_id(1)
     token = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = chunk * BLOCK_T + tl.arange(0, ROWS)
+    any_column = tl.arange(0, PADDED_HIDDEN)
     expert = tl.arange(0, EXPERTS)
     in_tokens = (token < num_tokens)[:, None]
-    logits = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
     if SPLIT:
         slice_k = tl.program_id(0)
         column = slice_k * SLICE_K + tl.arange(0, SLICE_K)
+        if EARLY:
+            _prefetch_weight(weight_ptr, slice_k * SLICE_K, num_experts, HIDDEN, EXPERTS, SLICE_K)
+            gdc_wait()
+            gdc_launch_dependents()
         # all loads stand before the first barrier
-        x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
         if norm_ptr is not None:
-            squares = _squares(x_ptr, residual_ptr, token, num_tokens, HIDDEN, BLOCK_T, SLICE_K)
-        w = _load_weight(weight_ptr, column, num_experts, HIDDEN, EXPERTS)
+            whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
+        x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
+        w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
         if norm_ptr is None:
-            normed = x.to(x_ptr.dtype.element_ty)
+            normed = x
         else:
             norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-            scale = _inverse_rms(squares, eps, HIDDEN)
+            scale = _inverse_rms(whole, eps, HIDDEN)
+            if ROWS < BLOCK_T:  # row t gets that of t % ROWS: there are no rows from ROWS on
+                scale = tl.broadcast_to(scale[None, :], (BLOCK_T // ROWS, ROWS)).reshape(BLOCK_T)
             normed = _store_normed(
                 x, norm, scale, summed_ptr, normed_ptr, token, num_tokens, column, HIDDEN, ADDED
             )
-        acc = tl.dot(normed, w, input_precision="ieee")
+        acc = tl.dot(w, tl.trans(normed), input_precision="ieee")
         place = token[:, None] * EXPERTS + expert[None, :]
         slice_size = num_tokens * EXPERTS
-        tl.store(partials_ptr + slice_k * slice_size + place, acc, mask=in_tokens)
+        tall = tl.arange(0, TALL)[:, None]
+        acc_ptrs = partials_ptr + slice_k * slice_size + token[None, :] * EXPERTS + tall
+        tl.store(acc_ptrs, acc, mask=(token < num_tokens)[None, :] & (tall < EXPERTS))
         is_last = _arrive(counters_ptr + 1 + chunk, SLICES)
+        logits = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
         if is_last:
             for s in tl.static_range(SLICES):
                 logits += tl.load(
@@ -288,9 +317,11 @@ def router_kernel(
                 )
     else:
         is_last = True
+        if EARLY:
+            gdc_wait()
         if norm_ptr is not None:
-            squares = _squares(x_ptr, residual_ptr, token, num_tokens, HIDDEN, BLOCK_T, SLICE_K)
-            scale = _inverse_rms(squares, eps, HIDDEN)
+            whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
+            scale = _inverse_rms(whole, eps, HIDDEN)
             for start in range(0, HIDDEN, SLICE_K):
                 column = start + tl.arange(0, SLICE_K)
                 x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
@@ -301,15 +332,20 @@ def router_kernel(
             tl.debug_barrier()  # other threads of this program read what was written
             x_ptr = normed_ptr
         STEPS: tl.constexpr = SLICE_K // BLOCK_K
-        acc = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
+        acc = tl.zeros([TALL, BLOCK_T], tl.float32)
+        logits = tl.zeros([TALL, BLOCK_T], tl.float32)
         for step in range(SLICES * STEPS):
             column = step * BLOCK_K + tl.arange(0, BLOCK_K)
             x = _load_rows(x_ptr, None, token, num_tokens, column, HIDDEN)
-            w = _load_weight(weight_ptr, column, num_experts, HIDDEN, EXPERTS)
-            acc = tl.dot(x.to(x_ptr.dtype.element_ty), w, acc, input_precision="ieee")
+            w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
             slice_ends = step % STEPS == STEPS - 1
             logits = tl.where(slice_ends, logits + acc, logits)
             acc = tl.where(slice_ends, 0.0, acc)
+        if TALL > EXPERTS:
+            parts = logits.reshape(TALL // EXPERTS, EXPERTS, BLOCK_T)
+            logits = tl.sum(parts, 0)  # all but the first are zero
+        logits = tl.trans(logits)
     if is_last:
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
@@ -498,14 +534,17 @@ def _launch_router(
     num_tokens, hidden = x.shape
     sizes = _sort_sizes(num_tokens, top_k)
     slices = triton.cdiv(hidden, SLICE_K) if sizes["SPLIT"] else 1
+    rows = 1 if num_tokens == 1 else 4 if num_tokens <= 4 else BLOCK_T
+    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
         buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
         buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight),
         len(buffers.sorted.blocks), local.start, len(local), eps,
-        TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden, EXPERTS=padded_experts(len(weight)),
-        BLOCK_T=BLOCK_T, SLICE_K=SLICE_K, BLOCK_K=64, BLOCK_M=block_m, **sizes,
-        num_warps=NUM_WARPS, num_stages=4,
+        TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
+        PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=padded_experts(len(weight)),
+        BLOCK_T=BLOCK_T, ROWS=rows, SLICE_K=SLICE_K, BLOCK_K=64, BLOCK_M=block_m, **sizes,
+        EARLY=early, num_warps=NUM_WARPS, num_stages=4, launch_pdl=early,
     )  # fmt: skip
 
 
