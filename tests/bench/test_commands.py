@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from headrace.bench.commands import app
+
+ENGINE = ["--device", "cpu", "--kv-cache-memory", "20000000", "--max-model-len", "128"]
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("synth") / "tiny"
+    run("synth", "--size", "tiny", "--seed", "3", str(path))
+    return path
+
+
+def test_synth_then_latency(tiny: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "latency.csv"
+    sizes = ["--batch", "1,2", "--prompt", "8", "--output", "3"]
+    assert "8 tokens in, 3 out" in run("latency", str(tiny), *sizes, "--csv", str(csv), *ENGINE)
+    assert len(csv.read_text().splitlines()) == 3
+
+
+def test_profile(tiny: Path) -> None:
+    out = run("profile", str(tiny), "--batch", "2", "--prompt", "8", *ENGINE)
+    assert "one token for each of 2 requests, after 8" in out
+    assert "a prompt of 8 tokens" in out
+
+
+def test_startup_takes_the_servers_flags_after_two_dashes() -> None:
+    assert "after --" in run("startup", "--help")
