@@ -21,6 +21,7 @@ from headrace.bench.synth import SIZES
 from headrace.config import EngineConfig
 from headrace.engine.runner import Runner
 from headrace.engine.sampler import Sampler
+from headrace.engine.scheduler import MAX_SCORED_ROWS
 from headrace.engine.warmup import warm_up
 from headrace.models.config import parse_config
 from headrace.models.gpt_oss import GptOss
@@ -37,7 +38,7 @@ zeros = Zeros(tensor_shapes(config, True), cpu)
 model = GptOss(config, read_gpt_oss(config, zeros, True, torch.bfloat16, gpu_layout=True))
 fake_gpu.pretend_cuda()
 engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=2048)
-model.reserve(2048, 64)
+model.reserve(2048, 64 + MAX_SCORED_ROWS)
 runner = Runner(model, [2, 2], engine, 4096)
 sampler = Sampler(config.vocab_size, 64, cpu)
 kernels = []

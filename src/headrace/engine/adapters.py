@@ -147,8 +147,8 @@ class LoraStaging:
     def __init__(self, weights: LoraWeights, max_rows: int, device: torch.device) -> None:
         self._weights = weights
         self._num_slots = weights.lm_head.rank.shape[1]
-        words = 2 * (2 * max_rows + 2 * self._num_slots + 1)
-        self._staging = Staging([words * np.dtype("i4").itemsize], device)
+        lengths = 2 * [max_rows, max_rows, self._num_slots, self._num_slots + 1]
+        self._staging = Staging([4 * n for n in lengths], device)
 
     def put(self, work: Sequence[tuple[Request, int]], output_rows: Sequence[int]) -> LoraBatch:
         """The adapters of (request, number of tokens), one request after the other.
@@ -163,8 +163,8 @@ class LoraStaging:
         slots = slots.astype(np.int32)
         arrays = row_arrays(slots, self._num_slots)
         arrays += row_arrays(slots[np.asarray(output_rows, dtype=np.int64)], self._num_slots)
-        [words] = self._staging.put([np.concatenate(arrays)])
-        parts = words.split([len(array) for array in arrays])
+        # each aligned, so that the kernels are compiled once and not for each remainder
+        parts = self._staging.put(arrays)
         return LoraBatch(self._weights, LoraRows(*parts[:4]), LoraRows(*parts[4:]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from headrace.engine.adapters import LoraStaging
 from headrace.engine.flat_rows import FlatRows
 from headrace.engine.graphs import Graphs, graph_sizes
 from headrace.engine.request import Request
-from headrace.engine.scheduler import Plan
+from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
 from headrace.ops import dispatch
@@ -71,12 +72,15 @@ class Runner:
     def dry_run(self) -> None:
         """One step of every kind, so that whoever watches sees every kernel that steps launch."""
         sizes, num_groups = graph_sizes(self.max_num_seqs), len(self._plans)
+        most_outputs = self.max_num_seqs + MAX_SCORED_ROWS
         chunks = {n - odd for n in doublings(self._max_num_tokens) for odd in (0, 1) if n > odd}
         for has_lora in {False, self._lora is not None}:
             for size in sizes:
                 self.model.forward(self._idle_decode(size, has_lora))
             for n in sorted(chunks):
                 rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
+                # as many rows of logits as there can be: those of prompts that are scored
+                rows = replace(rows, output_rows=np.arange(min(n, most_outputs)))
                 self.model.forward(self._batch(rows, lora=self._idle_lora(rows, has_lora)))
 
     def _idle_decode(self, size: int, has_lora: bool) -> Batch:
