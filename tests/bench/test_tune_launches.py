@@ -14,6 +14,6 @@ def test_the_plain_launches_come_first_and_every_way_once() -> None:
     assert not found[0].gate_up.early
     assert not found[0].sum_in_down
     assert found[0].ahead_bytes == 0
-    assert len(set(found)) == len(found) == 24
+    assert len(set(found)) == len(found) == 36
     assert chosen in found
     assert all(tiles.ahead_bytes % 4096 == 0 for tiles in found)

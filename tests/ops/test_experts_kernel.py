@@ -328,7 +328,7 @@ def test_fused_launches_give_the_same_bits(small, num_tokens, early, ahead_bytes
     call = (x, ids, weights, small.kernel_weights(), biases)
     tile = Tile(16, 64, num_stages=5)
     apart = run_layer(*call, MoETiles(tile, tile), 32, residual)
-    early_tile = replace(tile, early=early)
+    early_tile = replace(tile, early=early, prefetch_bytes=ahead_bytes)
     fused = MoETiles(early_tile, early_tile, ahead_bytes, sum_in_down=True)
     for _ in range(5):
         assert torch.equal(run_layer(*call, fused, 32, residual), apart)

@@ -37,6 +37,7 @@ class TuneRow:
     num_stages: int
     group_m: int
     early: bool = False
+    prefetch_bytes: int = 0
 
 
 def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:

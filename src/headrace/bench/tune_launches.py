@@ -30,6 +30,7 @@ class LaunchRow:
     us: float
     early_gate_up: bool
     early_down: bool
+    prefetch_bytes: int
     ahead_bytes: int
     sum_in_down: bool
 
@@ -63,17 +64,20 @@ def tune_size(layers: Sequence[MoEWeights], num_tokens: int) -> Iterator[LaunchR
         assert torch.equal(got, expected), f"{tiles} gives other bits"
         us = time_us(Case("moe_layer", {}, num_tokens, step.layer, step.check_layer, 0.0, 0.0))
         early = tiles.gate_up.early, tiles.down.early
-        yield LaunchRow(num_tokens, round(us, 1), *early, tiles.ahead_bytes, tiles.sum_in_down)
+        ahead = tiles.gate_up.prefetch_bytes, tiles.ahead_bytes
+        yield LaunchRow(num_tokens, round(us, 1), *early, *ahead, tiles.sum_in_down)
 
 
 def ways(tiles: MoETiles) -> Iterator[MoETiles]:
     """The plain launches first, then every mixture."""
     early = ((False, False), (False, True), (True, True))
-    ahead = (0, 8192, 32768, TILE_BYTES)
-    for (gate_up, down), ahead_bytes, sum_in_down in product(early, ahead, (False, True)):
+    own, ahead = (0, TILE_BYTES), (0, 32768, TILE_BYTES)
+    for (gate_up, down), prefetch, ahead_bytes, sum_in_down in product(
+        early, own, ahead, (False, True)
+    ):
         yield MoETiles(
-            replace(tiles.gate_up, early=gate_up),
-            replace(tiles.down, early=down),
+            replace(tiles.gate_up, early=gate_up, prefetch_bytes=prefetch),
+            replace(tiles.down, early=down, prefetch_bytes=prefetch),
             ahead_bytes,
             sum_in_down,
         )

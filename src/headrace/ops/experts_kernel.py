@@ -146,21 +146,12 @@ def _dense_product(
 
 
 @triton.jit
-def _prefetch_next(
-    words_ptr,
-    scales_ptr,
-    expert,
-    pid_n,
-    programs_n,
-    tiles_n,
-    tiles_k,
-    tile_bytes,
-):
-    """Bring the first tile_bytes of each of the expert's tiles into L2, this program's share."""
-    for tile in range(pid_n, tiles_n, programs_n):
-        first = (expert.to(tl.int64) * tiles_n + tile) * tiles_k
-        prefetch(words_ptr + first * 1024, tile_bytes)
-        prefetch(scales_ptr + first * 64, tile_bytes // 16)
+def _prefetch_tiles(words_ptr, scales_ptr, expert, first, end, step, tiles_n, tiles_k, tile_bytes):
+    """Bring the first tile_bytes of the expert's tiles first, first + step, ... into L2."""
+    for tile in range(first, tl.minimum(end, tiles_n), step):
+        start = (expert.to(tl.int64) * tiles_n + tile) * tiles_k
+        prefetch(words_ptr + start * 1024, tile_bytes)
+        prefetch(scales_ptr + start * 64, tile_bytes // 16)
 
 
 @triton.jit
@@ -275,6 +266,7 @@ def grouped_matmul_kernel(
     BLOCK_R: tl.constexpr,
     NUM_COUNTERS: tl.constexpr,
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    PREFETCH_BYTES: tl.constexpr,  # of each tile of the weight, for L2, before anything is loaded
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
 
@@ -295,6 +287,13 @@ def grouped_matmul_kernel(
             counter = tl.arange(0, NUM_COUNTERS)
             tl.store(next_counters_ptr + counter, tl.zeros_like(counter))
     if expert >= 0:
+        if PREFETCH_BYTES > 0:
+            first = pid_n * (BLOCK_N // 64)
+            tiles_k = tl.cdiv(in_features, 128)
+            _prefetch_tiles(
+                weight_ptr, scales_ptr, expert, first, first + BLOCK_N // 64, 1,
+                tl.cdiv(out_features, 64), tiles_k, tl.minimum(PREFETCH_BYTES, tiles_k * 4096),
+            )  # fmt: skip
         row = tl.load(blocks_ptr + block * 4 + 1) + tl.arange(0, BLOCK_M)
         row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
         slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
@@ -320,9 +319,9 @@ def grouped_matmul_kernel(
         if EARLY:
             gdc_launch_dependents()
         if next_words_ptr is not None:
-            _prefetch_next(
-                next_words_ptr, next_scales_ptr, expert, pid_n, programs_n, next_tiles_n,
-                next_tiles_k, next_tile_bytes,
+            _prefetch_tiles(
+                next_words_ptr, next_scales_ptr, expert, pid_n, next_tiles_n, programs_n,
+                next_tiles_n, next_tiles_k, next_tile_bytes,
             )  # fmt: skip
         if LORA:
             column = tile_row
@@ -465,6 +464,7 @@ def grouped_matmul(
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts.shape[3], tile.block_m),
         NUM_COUNTERS=0 if ahead is None or ahead.counters is None else len(ahead.counters),
         EARLY=early,
+        PREFETCH_BYTES=tile.prefetch_bytes if hopper and isinstance(weight, PreparedMXFP4) else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=early,
