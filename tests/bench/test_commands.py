@@ -30,11 +30,5 @@ def test_synth_then_latency(tiny: Path, tmp_path: Path) -> None:
     assert len(csv.read_text().splitlines()) == 3
 
 
-def test_profile(tiny: Path) -> None:
-    out = run("profile", str(tiny), "--batch", "2", "--prompt", "8", *ENGINE)
-    assert "one token for each of 2 requests, after 8" in out
-    assert "a prompt of 8 tokens" in out
-
-
 def test_startup_takes_the_servers_flags_after_two_dashes() -> None:
     assert "after --" in run("startup", "--help")

@@ -65,7 +65,6 @@ def measure_start(model: Path, flags: Sequence[str], cache: str) -> list[Startup
             ask(url)
             answered = time.perf_counter() - start
             phases = read_phases(fetch(f"{url}/metrics"))
-            peak.look(None)
     rows = [StartupRow(cache, phase, round(s, 2)) for phase, s in phases.items()]
     rows.append(StartupRow(cache, "until it listens", round(ready, 2)))
     host, gpu = in_gib(peak)
