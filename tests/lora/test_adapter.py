@@ -102,6 +102,36 @@ def test_a_pair_for_each_expert_means_the_same(
         read(model, path, max_rank=7)
 
 
+def test_unsloths_names(model: Model, checkpoint: Path, tmp_path: Path) -> None:
+    """A linear layer for each expert in lists, gate and up in one, and one in the router."""
+    plain = random_adapter(tmp_path / "plain", checkpoint, 1, everything=True)
+    tensors = {n: t for n, t in tensors_of(plain).items() if ".mlp." in n}
+    path = write_adapter(tmp_path / "plain", tensors, target_modules=[])
+    expected = read(model, path).factors
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "router" in name:
+            renamed[name.replace("router", "router.linear")] = tensor
+            continue
+        kind = "gate_up_projs" if "base_layer" in name else "down_projs"
+        for e in range(3):
+            piece = tensor[4 * e : 4 * e + 4] if "lora_A" in name else tensor[:, e::3]
+            renamed[f"{EXPERTS}.{kind}.{e}.lora_{name[-8]}.weight"] = piece
+    names = [f"{kind}.{e}" for kind in ("gate_up_projs", "down_projs") for e in range(3)]
+    path = write_adapter(
+        tmp_path / "unsloth",
+        renamed,
+        target_modules=[*names, "router.linear"],
+        target_parameters=None,
+    )
+    got = read(model, path)
+    assert got.warnings == ()
+    assert got.factors.keys() == expected.keys()
+    for key, factors in got.factors.items():
+        assert torch.equal(factors.a, expected[key].a), key
+        assert torch.equal(factors.b, expected[key].b), key
+
+
 def test_some_experts_and_some_projections(model: Model, adapter: Path, tmp_path: Path) -> None:
     """Expert 1 has only up at rank 2 with another alpha, expert 2 only gate: the rest is zero."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

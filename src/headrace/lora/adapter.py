@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.config import ConfigError
-from headrace.lora.factors import EXPERT_TENSOR, ExpertFactors, Factors, part_of, stack_experts
+from headrace.lora.factors import ExpertFactors, ExpertName, Factors, stack_experts
 from headrace.lora.peft_config import PeftConfig, parse_peft_config
 from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
 from headrace.models.weights import read_json
@@ -87,7 +87,7 @@ def read_adapter(
         shown = "; ".join(reader.problems[:SHOWN])
         more = f"; and {len(reader.problems) - SHOWN} more" if len(reader.problems) > SHOWN else ""
         raise ConfigError(f"adapter {path}: {shown}{more}")
-    return Adapter(path, config, factors, tuple(_warnings(config, factors, reader.targets)))
+    return Adapter(path, config, factors, tuple(_warnings(config, factors, reader)))
 
 
 class _Reader:
@@ -103,6 +103,7 @@ class _Reader:
     ) -> None:
         self.targets = targets
         self.problems: list[str] = []
+        self.applied: list[str] = []  # modules and parameters, by the names that PEFT has for them
         self._file = file
         self._config = config
         self._base = base
@@ -121,11 +122,11 @@ class _Reader:
         for key, experts in self._experts.items():
             if key in self._factors:
                 self._refuse(
-                    experts[0].name, f"{key} is also adapted by one tensor for all experts"
+                    experts[0].tensor, f"{key} is also adapted by one tensor for all experts"
                 )
             elif not self.problems:
                 self._factors[key] = stack_experts(self.targets[key], experts)
-                self._check_stacked(experts[0].name, self._factors[key].rank)
+                self._check_stacked(experts[0].tensor, self._factors[key].rank)
         if not self._factors and not self.problems:
             self.problems.append(f"{TENSORS_NAME} holds no LoRA tensors")
         return self._factors
@@ -157,26 +158,28 @@ class _Reader:
 
     def _module(self, module: str, pair: _Pair) -> None:
         """Find what a module's pair changes, and add it to the factors."""
-        expert = EXPERT_TENSOR.fullmatch(module)
-        if expert and f"{expert['experts']}.down_proj" in self.targets:
+        expert = ExpertName.parse(module)
+        if expert and expert.target_key in self.targets:
             self._one_expert(module, expert, pair)
         elif module.endswith((".experts", ".experts.base_layer")):
             self._all_experts(module, pair)
         elif (target := self.targets.get(_dense_key(module))) and target.num_experts == 1:
-            self._dense(target, pair)
+            # patterns are matched with a parameter's own name, not with its module's
+            self._dense(target.key if module.endswith(".mlp.router") else module, target, pair)
         else:
             self._refuse(pair.names["A"], "this model has no such module that can be adapted")
 
-    def _dense(self, target: Target, pair: _Pair) -> None:
+    def _dense(self, name: str, target: Target, pair: _Pair) -> None:
         if pair.is_embedding != (target.key == EMBEDDING):
             kind = "lora_embedding_A" if target.key == EMBEDDING else "lora_A"
             self._refuse(pair.names["A"], f"for this module the tensor must be named {kind}")
             return
         rank, shapes = self._rank(pair), self._shapes(pair)
         expected = (rank, target.in_features), (target.out_features, rank)
-        if self._fits(pair, expected, shapes) and self._is_rank(target.key, rank, pair):
+        if self._fits(pair, expected, shapes) and self._is_rank(name, rank, pair):
             a, b = self._tensors(pair)
-            self._add(target.key, pair, Factors(a[None], b.T[None], self._scale(target.key, rank)))
+            factors = Factors(a[None], b.T[None], self._config.scale(name, rank))
+            self._add(target.key, name, pair, factors)
 
     def _all_experts(self, module: str, pair: _Pair) -> None:
         """A is [num_experts * rank, in], B [out, rank * num_experts] with the expert fastest.
@@ -201,35 +204,35 @@ class _Reader:
             rank = rows // experts
             a, b = self._tensors(pair)
             a, b = a.view(experts, rank, in_features), b.view(out_features, rank, experts)
-            scale = self._scale(target.key, rank)
-            self._add(target.key, pair, Factors(a, b.permute(2, 1, 0), scale))
+            scale = self._config.scale(target.key, rank)
+            self._add(target.key, target.key, pair, Factors(a, b.permute(2, 1, 0), scale))
 
-    def _one_expert(self, module: str, found: re.Match[str], pair: _Pair) -> None:
-        """gate_proj, up_proj or down_proj of one expert, under either of their two names."""
-        name, index, part = pair.names["A"], int(found["index"]), part_of(found)
-        key = f"{found['experts']}.{'down' if part == 'down' else 'gate_up'}_proj"
+    def _one_expert(self, module: str, name: ExpertName, pair: _Pair) -> None:
+        tensor, key = pair.names["A"], name.target_key
         target = self.targets[key]
         rank, shapes = self._rank(pair), self._shapes(pair)
-        out_features = target.out_features // (1 if part == "down" else 2)
+        out_features = target.out_features // (2 if name.part in ("gate", "up") else 1)
         expected = (rank, target.in_features), (out_features, rank)
-        if index >= target.num_experts:
-            self._refuse(name, f"this model has {target.num_experts} experts in a layer")
-        elif any((e.part, e.index) == (part, index) for e in self._experts[key]):
-            self._refuse(name, "another tensor of the file adapts the same matrix")
+        if name.index >= target.num_experts:
+            self._refuse(tensor, f"this model has {target.num_experts} experts in a layer")
+        elif any(other.name == name for other in self._experts[key]):
+            self._refuse(tensor, "another tensor of the file adapts the same matrix")
         elif self._fits(pair, expected, shapes) and self._is_rank(module, rank, pair):
             a, b = self._tensors(pair)
-            scale = self._scale(module, rank)
-            self._experts[key].append(ExpertFactors(name, part, index, a, b.T, scale))
+            scale = self._config.scale(module, rank)
+            self._experts[key].append(ExpertFactors(tensor, name, a, b.T, scale))
+            self.applied.append(module)
 
     def _check_stacked(self, name: str, rank: int) -> None:
         if rank > self._max_rank:
             reason = f"gate and up together have rank {rank}, above --max-lora-rank"
             self._refuse(name, f"{reason} {self._max_rank}")
 
-    def _add(self, key: str, pair: _Pair, factors: Factors) -> None:
+    def _add(self, key: str, name: str, pair: _Pair, factors: Factors) -> None:
         if key in self._factors:
             self._refuse(pair.names["A"], f"another tensor of the file adapts {key} already")
         self._factors[key] = factors
+        self.applied.append(name)
 
     def _rank(self, pair: _Pair) -> int:
         return int(self._file.get_slice(pair.names["A"]).get_shape()[0])
@@ -237,9 +240,6 @@ class _Reader:
     def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
         a, b = (tuple(self._file.get_slice(pair.names[s]).get_shape()) for s in "AB")
         return a, b
-
-    def _scale(self, key: str, rank: int) -> float:
-        return self._config.scale(key, rank)
 
     def _fits(self, pair: _Pair, expected: Iterable[Any], found: Iterable[Any]) -> bool:
         ok = True
@@ -272,8 +272,8 @@ class _Reader:
 
 
 def _dense_key(module: str) -> str:
-    """PEFT names the router's parameter by its module alone."""
-    return f"{module}.weight" if module.endswith(".mlp.router") else module
+    """PEFT names the router's parameter by its module alone; Unsloth's is a linear layer."""
+    return re.sub(r"\.mlp\.router(\.linear)?$", ".mlp.router.weight", module)
 
 
 def config_fields(path: Path) -> dict[str, Any]:
@@ -292,17 +292,15 @@ def _open(path: Path) -> Any:
     return safe_open(file, framework="pt")
 
 
-def _warnings(
-    config: PeftConfig, factors: Mapping[str, Factors], targets: Mapping[str, Target]
-) -> Iterator[str]:
+def _warnings(config: PeftConfig, factors: Mapping[str, Factors], reader: _Reader) -> Iterator[str]:
+    def is_named(key: str) -> bool:
+        return config.targets_module(key) or config.targets_parameter(key)
+
     if all(f.is_zero() for f in factors.values()):
         yield "every delta is zero: the adapter changes nothing"
-    named = {k for k in targets if config.targets_module(k) or config.targets_parameter(k)}
-    # per-expert tensors go by names of their own, so the 3-D names are not looked for
-    extra = sorted(k for k in factors.keys() - named if ".experts." not in k)
-    if extra:
+    if extra := sorted(name for name in reader.applied if not is_named(name)):
         yield f"applied though {CONFIG_NAME} does not target them: {_some(extra)}"
-    if missing := sorted(named - factors.keys()):
+    if missing := sorted(k for k in reader.targets if is_named(k) and k not in factors):
         yield f"targeted by {CONFIG_NAME} but not in the file: {_some(missing)}"
 
 

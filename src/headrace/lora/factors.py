@@ -11,10 +11,44 @@ from torch import Tensor
 
 from headrace.lora.targets import Target
 
-EXPERT_TENSOR = re.compile(
-    r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)"
+# The names of PEFT and Mixtral, and those of Unsloth's lists of experts.
+_EXPERT = re.compile(
+    r"(?P<experts>.+\.experts)\."
+    r"(?:(?P<index>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"|(?P<list>gate_up_projs|down_projs)\.(?P<place>\d+))"
 )
-_PARTS = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up"}  # the others: down
+_PARTS = {
+    **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+    **{"w1": "gate", "w3": "up", "w2": "down"},
+    **{"gate_up_projs": "gate_up", "down_projs": "down"},
+}
+_COLUMNS = {
+    **{"gate": slice(0, None, 2), "up": slice(1, None, 2)},
+    **{"gate_up": slice(None), "down": slice(None)},
+}
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """A module that is one matrix of one expert."""
+
+    experts: str  # of the layer: ...mlp.experts
+    index: int
+    part: str  # gate, up, gate_up or down
+
+    @staticmethod
+    def parse(module: str) -> ExpertName | None:
+        """From the module's name; None if it names something else."""
+        found = _EXPERT.fullmatch(module)
+        if found is None:
+            return None
+        part = _PARTS[found["name"] or found["list"]]
+        return ExpertName(found["experts"], int(found["index"] or found["place"]), part)
+
+    @property
+    def target_key(self) -> str:
+        """Of the matrices of all experts."""
+        return f"{self.experts}.{'down' if self.part == 'down' else 'gate_up'}_proj"
 
 
 @dataclass(frozen=True)
@@ -49,17 +83,11 @@ class Factors:
 class ExpertFactors:
     """What a file of 2-D tensors holds for one matrix of one expert."""
 
-    name: str  # of its lora_A tensor
-    part: str  # gate, up or down
-    index: int
+    tensor: str  # name of lora_A
+    name: ExpertName
     a: Tensor  # [rank, in_features]
     b: Tensor  # [rank, out_features of the part]
     scale: float
-
-
-def part_of(found: re.Match[str]) -> str:
-    """gate, up or down, from a match of EXPERT_TENSOR."""
-    return _PARTS.get(found["name"], "down")
 
 
 def stack_experts(target: Target, pairs: Sequence[ExpertFactors]) -> Factors:
@@ -71,18 +99,15 @@ def stack_experts(target: Target, pairs: Sequence[ExpertFactors]) -> Factors:
     """
     scale = next((pair.scale for pair in pairs if pair.scale), 1.0)
     dtype = pairs[0].a.dtype if all(p.scale == scale for p in pairs) else torch.float32
-    parts = [p for p in ("gate", "up", "down") if any(pair.part == p for pair in pairs)]
-    ranks = [max(len(pair.a) for pair in pairs if pair.part == part) for part in parts]
+    parts = [p for p in _COLUMNS if any(pair.name.part == p for pair in pairs)]
+    ranks = [max(len(pair.a) for pair in pairs if pair.name.part == part) for part in parts]
     shape = target.num_experts, sum(ranks)
     a = torch.zeros(*shape, target.in_features, dtype=dtype)
     b = torch.zeros(*shape, target.out_features, dtype=dtype)
-    columns = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}
     for pair in pairs:
-        begin = sum(ranks[: parts.index(pair.part)])
+        expert, part, ratio = pair.name.index, pair.name.part, pair.scale / scale
+        begin = sum(ranks[: parts.index(part)])
         rows = slice(begin, begin + len(pair.a))
-        a[pair.index, rows] = pair.a.to(dtype)
-        ratio = pair.scale / scale
-        b[pair.index, rows, columns[pair.part]] = (pair.b if ratio == 1 else pair.b * ratio).to(
-            dtype
-        )
+        a[expert, rows] = pair.a.to(dtype)
+        b[expert, rows, _COLUMNS[part]] = (pair.b if ratio == 1 else pair.b * ratio).to(dtype)
     return Factors(a, b, scale)
