@@ -236,7 +236,9 @@ def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
     assert "has changed since it was loaded" in str(outputs["r1"][-1].error)
     assert tokens(outputs["r0"])
     assert tokens(outputs["r2"])
-    assert change(engine, LoadAdapter("a1", str(paths["a1"]))).error is None
+    again = run(engine, ask("r", PROMPTS[0], "a1"))["r"]  # the engine lives, and tries once more
+    assert "has changed since it was loaded" in str(again[-1].error)
+    assert change(engine, LoadAdapter("a1", str(paths["a1"]), in_place=True)).error is None
     assert tokens(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
     check_idle(engine)
 

@@ -63,18 +63,15 @@ class Loader:
         """A copy in CPU memory, from where the device can fetch it without the files."""
         return self._keeping.submit(adapter.owned, self._stream is not None)
 
-    def close(self) -> None:
-        """Let the threads end."""
-        self._loading.shutdown(cancel_futures=True)
-        self._keeping.shutdown(cancel_futures=True)
-
     def _read(self, path: Path) -> Adapter:
         targets = self._memory.targets.values()
         return read_adapter(path, targets, self._base, self._memory.weights.max_rank)
 
     def _read_again(self, files: Files) -> Adapter:
         if file_stamp(files.path) != files.stamp:
-            raise ConfigError(f"{files.path} has changed since it was loaded; load it again")
+            raise ConfigError(
+                f"{files.path} has changed since it was loaded; load it again, in place"
+            )
         return self._read(files.path)
 
     def _copy(

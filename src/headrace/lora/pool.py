@@ -1,12 +1,12 @@
 """Which adapters there are, which of them are on the device, and whose turn is next.
 
-An adapter is read once into CPU memory, and copied into a slot of the device when requests for
-it wait. Requests of an adapter in its slot go to the scheduler at once and hold the adapter there;
-those of another one are parked here. When an adapter is wanted and there is no room, the adapters
-that nobody holds leave first, the longest unused ahead. If that is not enough, as many adapters as
-are wanted are closed, those with the fewest holders first: a closed adapter takes no new requests,
-and leaves when those it has are done. So every wait is bounded by the work that is already there,
-and whatever gathers for an adapter meanwhile shares its next turn.
+An adapter is read into CPU memory, and copied into a slot of the device when requests wait for it.
+Requests of an adapter in its slot go to the scheduler at once and hold the adapter there; those of
+another one are parked here. When an adapter is wanted and there is no room, the adapters that
+nobody holds leave first, the longest unused ahead. If that is not enough, as many adapters as are
+wanted are closed, those with the fewest holders first: a closed adapter takes no new requests, and
+leaves when those it has are done. So every wait is bounded by the work that is already there, and
+whatever gathers for an adapter meanwhile shares its next turn.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class Lora(Generic[R]):
     uid: int
     name: str
     path: Path
-    sizes: Sizes
-    max_rank: int
+    sizes: Sizes = field(repr=False)
     stamp: Stamp  # of the file when it was read
-    adapter: Adapter | None  # the copy in CPU memory, if there is one now
+    adapter: Adapter | None = field(repr=False)  # in CPU memory, if it is there now
     slot: int | None = None  # set while it has a place on the device
     placement: Placement | None = None
     ready: bool = False  # its slot can be used
@@ -48,7 +47,7 @@ class Lora(Generic[R]):
     retired: bool = False  # unloaded, or replaced by a later load
     checked: bool = False  # the self-check has passed
     holders: int = 0  # requests that the scheduler has
-    parked: deque[R] = field(default_factory=deque)
+    parked: deque[R] = field(default_factory=deque, repr=False)
     last_used: int = 0
 
     @property
@@ -77,19 +76,19 @@ class LoraPool(Generic[R]):
     def __init__(self, memory: LoraMemory, base: BaseTensor, max_cpu_loras: int) -> None:
         self.memory = memory
         self.names: dict[str, Lora[R]] = {}
+        self.resident: list[Lora[R]] = []  # on the device or on their way to it
+        self.num_copies = 0  # to the device, since the start
         self._max_cpu_loras = max_cpu_loras
         self._capacity = memory.ranges.num_free
         self._free_slots = list(range(memory.num_slots))
-        self.num_copies = 0  # to the device, since the start
-        self.resident: list[Lora[R]] = []  # on the device or on their way to it
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
         self._in_cpu: list[Lora[R]] = []
+        self._loader = Loader(memory, base)
         self._reads: dict[str, tuple[Path, Future[tuple[Stamp, Adapter]]]] = {}
         self._copies: dict[Lora[R], Future[Adapter]] = {}
+        self._keeps: dict[Lora[R], Future[Adapter]] = {}
         self._announced: set[Lora[R]] = set()  # loads told with the end of their first copy
         self._uids, self._clock = count(1), count(1)
-        self._keeps: dict[Lora[R], Future[Adapter]] = {}
-        self._loader = Loader(memory, base)
 
     # What the engine asks for
 
@@ -167,10 +166,6 @@ class LoraPool(Generic[R]):
         assert held + self.memory.ranges.num_free == self._capacity, held
         assert all(lora.parked for lora in self._wanted), self._wanted
 
-    def close(self) -> None:
-        """Let the threads end."""
-        self._loader.close()
-
     # Reading
 
     def _finish_read(
@@ -184,8 +179,8 @@ class LoraPool(Generic[R]):
         except FAILURES as error:
             news.loads.append((name, error))
             return
-        lora = Lora[R](next(self._uids), name, path, sizes, adapter.max_rank, stamp, adapter)
-        log.info("adapter %s: %d targets, rank %d", name, len(lora.sizes), lora.max_rank)
+        lora = Lora[R](next(self._uids), name, path, sizes, stamp, adapter)
+        log.info("adapter %s: %d targets, rank %d", name, len(sizes), adapter.max_rank)
         for warning in adapter.warnings:
             log.warning("adapter %s: %s", name, warning)
         if not self._wanted and self._free_slots and self._place(lora):
@@ -356,15 +351,13 @@ class LoraPool(Generic[R]):
             self._drop_if_idle(lora)
 
     def _give_up(self, lora: Lora[R], error: Exception, news: PoolNews[R]) -> None:
-        """Forget an adapter that can't be copied, and fail those that wait for it."""
+        """Fail those that wait for an adapter that can't be copied; others may try again."""
         reason = f"the LoRA adapter '{lora.name}' could not be loaded: {error}"
         log.error("%s", reason)
-        if lora.parked:
-            self._wanted.remove(lora)
         if lora in self._announced:
             news.loads.append((lora.name, error))
+        if lora.parked:
+            self._wanted.remove(lora)
         news.failed += [(request, reason) for request in lora.parked]
         lora.parked.clear()
-        lora.retired = True
-        if self.names.get(lora.name) is lora:
-            del self.names[lora.name]
+        self._evict(lora)
