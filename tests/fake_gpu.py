@@ -62,6 +62,10 @@ def pretend_cuda() -> None:
 
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment, method-assign]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
+    properties = MagicMock(
+        multi_processor_count=NUM_SMS, shared_memory_per_block_optin=SHARED_MEMORY
+    )
+    torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
     torch.cuda.Event = MagicMock  # type: ignore[assignment, misc]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.bench.profile import LAST_OP, OPS_OF_LAYER
+from headrace.bench.timeline import Busy, name_ops
 from tests.fake_gpu import SHARED_MEMORY, run_script
 
 # Widths are those of the model, on which the choice of kernels depends; fewer words and narrower
@@ -41,8 +43,7 @@ engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=2048)
 model.reserve(2048, 64 + MAX_SCORED_ROWS)
 runner = Runner(model, [2, 2], engine, 4096)
 sampler = Sampler(config.vocab_size, 64, cpu)
-kernels = []
-load = CompiledKernel._init_handles
+kernels, launched = [], []
 
 def note(kernel):
     if kernel.module is None:
@@ -58,7 +59,8 @@ def note(kernel):
             "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
             "shared": kernel.metadata.shared,
         })
-        kernel.module, kernel._run = "loaded", lambda *args: None
+        kernel.module = "loaded"
+        kernel._run = lambda *args: launched.append(kernel.name)
 
 CompiledKernel._init_handles = note
 
@@ -67,7 +69,10 @@ def dry_run():
     sampler.dry_run()
 
 warm_up(dry_run, cpu)
-print(json.dumps(kernels))
+assert not launched
+with torch.inference_mode():
+    model.forward(runner._idle_decode(4, False))
+print(json.dumps([kernels, launched]))
 """
 
 
@@ -75,10 +80,14 @@ def test_every_kernel_of_a_step_compiles_and_fits(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     process = run_script(SCRIPT, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
-    kernels = json.loads(process.stdout.splitlines()[-1])
+    kernels, launched = json.loads(process.stdout.splitlines()[-1])
     names = {kernel["name"] for kernel in kernels}
     assert {"linear_kernel", "grouped_matmul_kernel", "attention_kernel"} <= names
     assert len(kernels) > 20
     assert [k for k in kernels if k["shared"] > SHARED_MEMORY] == []
     spilling = {kernel["name"] for kernel in kernels if kernel["stack"] > 0}
     assert spilling <= {"cos_sin_kernel"}  # its stack is for angles beyond 100,000
+    named = name_ops([Busy(name, 1.0) for name in launched], OPS_OF_LAYER, 2, LAST_OP)
+    ops = [kernel.name.split()[1] for kernel in named if " " in kernel.name]
+    layer = ["qkv", "attention", "output", "router", "gate_up", "down"]
+    assert ops == [*layer, *layer, "lm_head"]  # as `headrace bench profile` tells them apart
