@@ -13,7 +13,13 @@ MODEL=${MODEL:-/tmp/gpt-oss-20b-random}
 headrace() { python3 -m headrace "$@"; }
 checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$MODEL"; }
 
-tests() { python3 -m pytest -m gpu -x --timeout 240 tests; }
+# A process for each file that has some: an error of the GPU ends no other file's tests.
+tests() {
+  grep -rl --include 'test_*.py' pytest.mark.gpu tests | xargs -P "${JOBS:-4}" -I{} bash -c '
+    told=$(timeout 400 python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) && ok=0 || ok=1
+    printf "== %s\n%s\n" "{}" "$told"
+    exit $ok'
+}
 kernels() { headrace bench kernels --out "$out"; }
 tune() { headrace bench tune --out "$out"; headrace bench tune-linear --out "$out"; }
 engine=(--max-num-seqs 128 --max-num-batched-tokens 8192 --no-enable-prefix-caching)
