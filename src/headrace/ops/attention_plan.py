@@ -96,7 +96,7 @@ class AttentionPlan:
     window: int
 
     def fill(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> None:
-        """Plan a step. From pageable memory: the arrays are free when this returns."""
+        """Plan a step; waits for the GPU, which the words from pinned memory would not."""
         words = plan_attention(query_lens, seq_lens, self.window, self.shape)
         self.words[: len(words)].copy_(torch.from_numpy(words))
 
