@@ -248,6 +248,9 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "experts.lora_A.weight: [12, 64] and [63, 12] fit neither gate_up_proj nor": lambda t: t.update(
         {f"{EXPERTS}.lora_B.weight": t[f"{EXPERTS}.lora_B.weight"][:63]}
     ),
+    f"tensor {Q_A.removeprefix(PREFIX)}: {Q_A} means the same": lambda t: t.update(
+        {Q_A.removeprefix(PREFIX): t[Q_A]}
+    ),
     "must be rank * 3": lambda t: t.update(
         {
             f"{EXPERTS}.lora_A.weight": t[f"{EXPERTS}.lora_A.weight"][:11],
@@ -288,6 +291,15 @@ def test_tensors_that_are_refused(model: Model, adapter: Path, reason: str) -> N
     with pytest.raises(ConfigError) as caught:
         read(model, adapter)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 64), (4, 0), (1, 4, 64)])
+@pytest.mark.parametrize("name", [Q_A, Q_B, f"{EXPERTS}.lora_A.weight", f"{EXPERTS}.lora_B.weight"])
+def test_what_is_no_matrix(model: Model, adapter: Path, name: str, shape: tuple[int, ...]) -> None:
+    rewrite(adapter, lambda t: t.update({name: torch.ones(shape)}))
+    with pytest.raises(ConfigError) as caught:
+        read(model, adapter)
+    assert f"tensor {name}: its shape is {list(shape)}; it must be a matrix" in str(caught.value)
 
 
 def test_ranks_above_the_servers_limit(model: Model, adapter: Path) -> None:

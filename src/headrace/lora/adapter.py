@@ -115,7 +115,8 @@ class _Reader:
         """Account for every tensor."""
         for module, pair in self._pairs().items():
             if set(pair.names) == {"A", "B"}:
-                self._module(module, pair)
+                if self._are_matrices(pair):
+                    self._module(module, pair)
             else:
                 [(side, name)] = pair.names.items()
                 self._refuse(name, f"its partner lora_{'B' if side == 'A' else 'A'} is missing")
@@ -141,6 +142,8 @@ class _Reader:
                 self._refuse(name, f"its dtype is {dtype}; it must be {', '.join(DTYPES)}")
             elif found := _FACTOR.fullmatch(short):
                 pair = pairs[found[1]]
+                if found[3] in pair.names:
+                    self._refuse(name, f"{pair.names[found[3]]} means the same")
                 pair.names[found[3]] = name
                 pair.is_embedding = bool(found[2])
             elif found := _BASE_COPY.fullmatch(short):
@@ -240,6 +243,16 @@ class _Reader:
     def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
         a, b = (tuple(self._file.get_slice(pair.names[s]).get_shape()) for s in "AB")
         return a, b
+
+    def _are_matrices(self, pair: _Pair) -> bool:
+        bad = [
+            (pair.names[side], list(shape))
+            for side, shape in zip("AB", self._shapes(pair), strict=True)
+            if len(shape) != 2 or 0 in shape
+        ]
+        for name, found in bad:
+            self._refuse(name, f"its shape is {found}; it must be a matrix")
+        return not bad
 
     def _fits(self, pair: _Pair, expected: Iterable[Any], found: Iterable[Any]) -> bool:
         ok = True

@@ -16,10 +16,6 @@ from headrace.lora.memory import LoraMemory, Placement
 
 log = logging.getLogger(__name__)
 
-# What fails so is the adapter's fault or the memory's, and not the end of the engine. ValueError:
-# ConfigError is one, and so is a path with characters that no file can have.
-FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-
 Stamp = tuple[int, int]  # changes when an adapter's tensors are written again
 
 

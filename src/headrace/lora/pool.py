@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter, BaseTensor
-from headrace.lora.loader import FAILURES, Files, Loader, Stamp
+from headrace.lora.loader import Files, Loader, Stamp
 from headrace.lora.memory import LoraMemory, Placement, Sizes, sizes_of
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ class PoolNews(Generic[R]):
 
 
 class LoraPool(Generic[R]):
-    """All adapters of an engine. Its methods belong to one thread; a second one loads."""
+    """All adapters of an engine. Its methods belong to one thread; others load.
+
+    Whatever goes wrong in a load is told to those who wait for it, and is not the engine's end.
+    """
 
     def __init__(self, memory: LoraMemory, base: BaseTensor, max_cpu_loras: int) -> None:
         self.memory = memory
@@ -176,7 +179,7 @@ class LoraPool(Generic[R]):
             stamp, adapter = future.result()
             sizes = sizes_of(adapter.factors)
             self._check_size(sum(sizes.values()))
-        except FAILURES as error:
+        except Exception as error:
             news.loads.append((name, error))
             return
         lora = Lora[R](next(self._uids), name, path, sizes, stamp, adapter)
@@ -214,7 +217,7 @@ class LoraPool(Generic[R]):
         """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
         try:
             lora.adapter = future.result()
-        except FAILURES as error:
+        except Exception as error:
             log.warning("adapter %s stays on disk: %s", lora.name, error)
             lora.adapter = None
             return
@@ -336,7 +339,7 @@ class LoraPool(Generic[R]):
         lora.ready = True  # or else its place can be given back
         try:
             adapter = future.result()
-        except FAILURES as error:
+        except Exception as error:
             self._give_up(lora, error, news)
         else:
             self.memory.publish(lora.slot, lora.placement, adapter.factors)
