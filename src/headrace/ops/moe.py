@@ -14,7 +14,7 @@ from headrace.ops.experts import Experts, moe
 from headrace.ops.lora import MoELora
 from headrace.ops.norm import rms_norm
 from headrace.ops.routing import RoutingBuffers, route, routing_buffers, routing_counters
-from headrace.ops.tiles import MoETiles, Problem, choose
+from headrace.ops.tiles import MoETiles
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ def moe_buffers(
     tiles: MoETiles | None = None,  # None: the table's choice
 ) -> MoEBuffers:
     """Buffers of `moe_layer` on the GPU for so many tokens."""
+    from headrace.ops.moe_kernel import choose_tiles
+
     hidden, dtype = weights.norm.shape[0], weights.norm.dtype
     num_slots = num_tokens * weights.top_k
-    tiles = tiles or choose(Problem(num_slots, weights.num_experts))
+    tiles = tiles or choose_tiles(num_slots, weights)
     inter = weights.experts.gate_up_bias.shape[1] // 2
     counters_shape = (1 << (-(-hidden // 64) - 1).bit_length(),)
     return MoEBuffers(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import triton
 from torch import Tensor
 
 from headrace.ops import routing_kernel
@@ -19,6 +22,7 @@ from headrace.ops.lora import MoELora, own_parts
 from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
+from headrace.ops.tiles import MoETiles, Problem, choose
 
 
 def moe_layer_kernel(
@@ -93,6 +97,17 @@ def _shrink(
         x, site, lora.memory, lora.rows.slot_of_row, buffers.routing.sorted,
         buffers.tiles.gate_up.block_m, weights.top_k, first, parts,
     )  # fmt: skip
+
+
+def choose_tiles(num_slots: int, weights: MoEWeights) -> MoETiles:
+    """The table's tiles for this layer, as far as this GPU's shared memory goes."""
+    mxfp4 = isinstance(weights.experts.gate_up, PreparedMXFP4)
+    problem = Problem(num_slots, weights.num_experts, mxfp4)
+    device = weights.norm.device
+    if device.type == "cuda":
+        gpu = triton.runtime.driver.active.utils.get_device_properties(device.index)
+        problem = replace(problem, shared_memory=gpu["max_shared_mem"])
+    return choose(problem)
 
 
 def _in_gpu_layout(weight: ExpertWeight) -> KernelWeight:

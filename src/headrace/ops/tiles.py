@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,8 @@ class Problem:
 
     num_slots: int  # num_tokens * top_k
     num_experts: int  # held here
-    mxfp4: bool = True
+    mxfp4: bool = True  # else bfloat16 weights
+    shared_memory: int = 227 * 1024  # bytes that one program can have; an H100's
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,37 @@ class MoETiles:
 def choose(problem: Problem) -> MoETiles:
     """Tiles for both matmuls, by the rows an expert gets if they spread evenly.
 
-    Reasons: bench/results/h100/tune.csv, hidden and inter 2880. Never fewer than 16 rows: with 8
-    the compiler takes another matrix instruction, and the bits would depend on the batch.
+    Where they were not measured (Ampere, Ada, bfloat16 weights) they are the same, with as many
+    stages as fit.
+    """
+    tiles = _fastest(problem)
+    gate_up, down = _fitted(tiles.gate_up, problem), _fitted(tiles.down, problem)
+    return replace(tiles, gate_up=gate_up, down=down)
+
+
+def shared_bytes(tile: Tile, mxfp4: bool) -> int:
+    """What a program needs at most, as seen in the kernels compiled for sm_80 and sm_90."""
+    x, w = tile.block_m * tile.block_k * 2, tile.block_n * tile.block_k * 2
+    if not mxfp4:
+        return tile.num_stages * (x + w)
+    packed = w // 4 + tile.block_n * tile.block_k // 32  # with scales
+    return (tile.num_stages - 1) * (x + packed) + w  # decoded
+
+
+def _fitted(tile: Tile, problem: Problem) -> Tile:
+    while shared_bytes(tile, problem.mxfp4) > problem.shared_memory:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        else:
+            tile = replace(tile, block_k=tile.block_k // 2)
+    return tile
+
+
+def _fastest(problem: Problem) -> MoETiles:
+    """On an H100; the reasons: bench/results/h100/tune.csv, hidden and inter 2880.
+
+    Never fewer than 16 rows: with 8 the compiler takes another matrix instruction, and the bits
+    would depend on the batch.
     """
     rows = problem.num_slots / problem.num_experts
     if rows <= 8:
