@@ -92,6 +92,11 @@ class Adapters:
         return None if self.pool is None else self.pool.memory.weights
 
     @property
+    def num_bytes(self) -> int:
+        """Memory on the device that is set aside for adapters."""
+        return 0 if self.weights is None else self.weights.memory.nbytes
+
+    @property
     def is_loading(self) -> bool:
         """Whether `advance` will have news with no new message."""
         return self.pool is not None and self.pool.is_loading

@@ -123,6 +123,7 @@ class Engine:
             cache_tokens=min(full or pages) * config.block_size,
             num_kernels=warmed.num_kernels,
             num_compiled=warmed.num_compiled,
+            adapter_bytes=self.adapters.num_bytes,
         )
         max_loras = config.max_loras if config.enable_lora else 0
         return EngineReady(self.max_model_len, pages, config.block_size, report, max_loras)

@@ -20,6 +20,7 @@ class StartReport(msgspec.Struct, frozen=True):
     cache_tokens: int = 0  # that fit into the pages of full attention
     num_kernels: int = 0
     num_compiled: int = 0  # kernels that were not found on disk
+    adapter_bytes: int = 0  # set aside for adapters on the device
 
 
 class Phases:

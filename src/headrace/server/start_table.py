@@ -16,6 +16,7 @@ def start_table(report: StartReport, server: float, total: float) -> Table:
     """
     made = {
         "weights": f"{report.weight_bytes / GIB:.2f} GiB" if report.weight_bytes else "",
+        "adapters": f"{report.adapter_bytes / GIB:.2f} GiB" if report.adapter_bytes else "",
         "kernels": f"{report.num_kernels}, {report.num_compiled} of them compiled now",
         "cache": f"{report.cache_bytes / GIB:.2f} GiB, {report.cache_tokens:,} tokens",
     }
