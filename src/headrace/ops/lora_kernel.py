@@ -30,6 +30,7 @@ NUM_SLICES = 4  # of K: each is summed on its own, then they are added in order
 FEW_ROWS = 1024  # up to so many rows, each slice has a program of its own
 FEW_BLOCKS = 32  # up to so many blocks, the factors B of all fit into L2 beside other things
 DENSE_BLOCK_N = 64
+MOST_TILES = 264  # programs that share the columns of a block of rows: two an SM
 _NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
 
 
@@ -75,6 +76,14 @@ def adapters_of_rows(slot_of_token_ptr, token, mask):
     """Slot of each row's adapter, or _NO_ADAPTER."""
     slot = tl.load(slot_of_token_ptr + token, mask=mask, other=-1)
     return tl.where(slot < 0, _NO_ADAPTER, slot)
+
+
+@triton.jit
+def _adapters_with_rank(slot_of_token_ptr, token, mask, rank_ptr):
+    """The same, _NO_ADAPTER also for adapters that leave the segment alone."""
+    adapter = adapters_of_rows(slot_of_token_ptr, token, mask)
+    rank = tl.load(rank_ptr + adapter, mask=adapter < _NO_ADAPTER, other=0)
+    return tl.where(rank > 0, adapter, _NO_ADAPTER)
 
 
 @triton.jit
@@ -140,11 +149,11 @@ def shrink_kernel(
     row = first + place
     row_mask = (expert >= 0) & (row < end) & (place < BLOCK_M)
     pair = tl.load(order_ptr + row, mask=row_mask, other=0)
-    adapter = adapters_of_rows(slot_of_token_ptr, pair // TOP_K, row_mask)
-    current = tl.min(adapter, 0)
     a_ptr += segment * num_slots
     b_ptr += segment * num_slots
     rank_ptr += segment * num_slots
+    adapter = _adapters_with_rank(slot_of_token_ptr, pair // TOP_K, row_mask, rank_ptr)
+    current = tl.min(adapter, 0)
     r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     # the parts share the rows of a tile
     first_r = rank_tile * BLOCK_R + part * (BLOCK_R // tl.num_programs(2))
@@ -310,38 +319,41 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, BLOCK_N columns of a segment."""
+    """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, some columns of a segment."""
     if EARLY:
         gdc_wait()
     segment = tl.program_id(2)
-    begin, width = _width(segment, WIDTHS)
-    width = tl.multiple_of(width, ALIGN)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tl.program_id(1) * BLOCK_N >= width:
-        return
     block = tl.program_id(0)
     if EXPERTS:
         expert, first, end = _block_of_experts(work_ptr, block)
     else:
         expert, first, end = _block_of_adapters(work_ptr, block, num_slots, SLOTS, BLOCK_M)
-    if expert < 0:
+    place = first + tl.arange(0, BLOCK_M)
+    row_mask = (expert >= 0) & (place < end)
+    row = tl.load(order_ptr + place, mask=row_mask, other=0)
+    b_ptr += segment * num_slots
+    rank_ptr += segment * num_slots
+    scale_ptr += segment * num_slots
+    adapter = _adapters_with_rank(slot_of_row_ptr, row, row_mask, rank_ptr)
+    if tl.min(adapter, 0) == _NO_ADAPTER:
         return
-    place = tl.arange(0, BLOCK_M)
-    row = tl.load(order_ptr + first + place, mask=first + place < end, other=0)
-    adapter = adapters_of_rows(slot_of_row_ptr, row, first + place < end)
-    tables = segment * num_slots
-    acc = add_low_rank(
-        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, expert,
-        parts_ptr + segment.to(tl.int64) * num_rows * max_rank,
-        len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
-        b_ptr + tables, rank_ptr + tables, scale_ptr + tables, width, NUM_PARTS, BLOCK_R,
-    )  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
-    y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
-    mask = (adapter < _NO_ADAPTER)[None, :] & (column < width)[:, None]
-    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
+    begin, width = _width(segment, WIDTHS)
+    width = tl.multiple_of(width, ALIGN)
+    tiles = tl.cdiv(width, BLOCK_N)
+    for tile in tl.range(tl.program_id(1), tiles, tl.num_programs(1), num_stages=1):
+        column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = add_low_rank(
+            tl.zeros([BLOCK_N, BLOCK_M], tl.float32), adapter, row, column, expert,
+            parts_ptr + segment.to(tl.int64) * num_rows * max_rank,
+            len(WIDTHS) * num_rows * max_rank, max_rank, memory_ptr,
+            b_ptr, rank_ptr, scale_ptr, width, NUM_PARTS, BLOCK_R,
+        )  # fmt: skip
+        y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
+        mask = (adapter < _NO_ADAPTER)[None, :] & (column < width)[:, None]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -500,7 +512,9 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         )
     num_slots, max_rank, block_m = site.rank.shape[1], parts.shape[3], work.block_m
     early = _early(y)
-    grid = (work.num_blocks, triton.cdiv(max(site.widths), DENSE_BLOCK_N), num_segments)
+    # blocks without work should cost little, however wide y is
+    tiles = min(triton.cdiv(max(site.widths), DENSE_BLOCK_N), MOST_TILES)
+    grid = (work.num_blocks, tiles, num_segments)
     if work.num_blocks and max_rank:
         expand_kernel[grid](
             y, memory, site.b, site.rank, site.scale, parts, work.order, work.table,
