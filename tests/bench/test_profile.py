@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from headrace.bench import floors
-from headrace.bench.floors import GPUS, Work, step_work
+from headrace.bench.floors import GPUS, step_work
 from headrace.bench.profile import NUM_STEPS, decoding, gpu_rows, run_profile
 from headrace.bench.synth import SIZES, write_synthetic
 from headrace.bench.timeline import Span, one_step
@@ -21,12 +21,14 @@ CONFIG = EngineConfig(model=BUNDLED, device="cpu", max_model_len=128, kv_cache_m
 def test_operators_of_a_decode_step_and_a_prefill_on_the_cpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_profile(CONFIG, batch=3, prompt=20, csv=tmp_path / "profile.csv")
+    run_profile(CONFIG, [1, 3], prompt=20, csv=tmp_path / "profile.csv")
     assert "cpu: one token for each of 3 requests, after 20" in capsys.readouterr().out
     with (tmp_path / "profile.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for phase in ("decode", "prefill"):
-        mine = [row for row in rows if row["phase"] == phase]
+    sizes = [("prefill", "1"), ("decode", "1"), ("decode", "3")]
+    assert list(dict.fromkeys((row["phase"], row["batch"]) for row in rows)) == sizes
+    for size in sizes:
+        mine = [row for row in rows if (row["phase"], row["batch"]) == size]
         matmuls = [row for row in mine if row["kernel"] in ("aten::mm", "aten::addmm")]
         assert sum(float(row["count"]) for row in matmuls) >= 6 * 2 + 1  # 6 layers, the LM head
         assert mine[-1]["kernel"] == "all operators"
@@ -55,7 +57,10 @@ def test_rows_of_a_gpu_step_by_hand() -> None:
         spans.append(Span(name, at, at + 10.0))
         at += 10.0
     steps = [one_step(spans, until=at + 5.0), one_step(spans, until=at + 7.0)]
-    rows = {row.kernel: row for row in gpu_rows("decode", steps, config, work, GPUS[0])}
+    rows = {
+        row.kernel: row
+        for row in gpu_rows("decode", floors.Step(1, 1, 512), steps, config, GPUS[0])
+    }
     qkv = rows["linear_kernel qkv"]
     assert (qkv.count, qkv.us) == (24, 240)
     assert qkv.mbytes == pytest.approx(24 * 5120 * 2880 * 2 / 1e6)
@@ -77,25 +82,28 @@ def test_rows_of_a_gpu_step_by_hand() -> None:
 def test_an_unknown_gpu_has_no_floor() -> None:
     config = parse_config(SIZES["20b"])
     step = one_step([Span("router_kernel", 0, 1)] * 24)
-    (row, *_) = gpu_rows("decode", [step], config, {"router": Work(3e6, 2e9)}, None)
-    assert (row.mbytes, row.gflops, row.floor_us, row.floor_share) == (3.0, 2.0, None, None)
+    (row, *_) = gpu_rows("decode", floors.Step(1, 1, 512), [step], config, None)
+    assert row.kernel == "router_kernel router"
+    assert row.mbytes == pytest.approx(24 * 32 * 2880 * 2 / 1e6)
+    assert (row.floor_us, row.floor_share) == (None, None)
 
 
 @pytest.mark.parametrize(("batch", "prompt", "message"), [(0, 5, "at least 1"), (1, 120, "fit")])
 def test_sizes_that_do_not_fit(batch: int, prompt: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_profile(CONFIG, batch, prompt, None)
+        run_profile(CONFIG, [batch], prompt, None)
 
 
 @pytest.mark.gpu
 def test_kernels_of_a_decode_step_and_a_prefill_on_the_gpu(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "tiny", SIZES["tiny"], seed=0)
     config = EngineConfig(model=tmp_path / "tiny", device="cuda", kv_cache_memory=100_000_000)
-    run_profile(config, batch=3, prompt=100, csv=tmp_path / "profile.csv")
+    run_profile(config, [1, 3], prompt=100, csv=tmp_path / "profile.csv")
     with (tmp_path / "profile.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for phase in ("decode", "prefill"):
-        us = {row["kernel"]: float(row["us"]) for row in rows if row["phase"] == phase}
+    for size in (("prefill", "1"), ("decode", "1"), ("decode", "3")):
+        mine = [row for row in rows if (row["phase"], row["batch"]) == size]
+        us = {row["kernel"]: float(row["us"]) for row in mine}
         whole = us.pop("the whole step")
         assert sum(us.values()) == pytest.approx(whole)
         for op in ("qkv", "attention", "output", "gate_up", "down", "lm_head"):

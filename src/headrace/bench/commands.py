@@ -63,9 +63,9 @@ def latency(
     engine: EngineConfig,
 ) -> None:
     """Time a token and a prefill at each batch size, without a server."""
-    from headrace.bench.latency import Workload, run_latency
+    from headrace.bench.latency import Workload, parse_sizes, run_latency
 
-    workload = Workload.parse(batch, prompt, output, adapters, rank)
+    workload = Workload(parse_sizes(batch), prompt, output, adapters, rank)
     raise typer.Exit(run_latency(engine, workload, csv))
 
 
@@ -187,16 +187,17 @@ def profile(
     model: Annotated[
         Path, typer.Argument(help="checkpoint directory", show_default="the bundled model")
     ] = BUNDLED_MODEL,
-    batch: Annotated[int, typer.Option(help="requests that decode")] = 1,
+    batch: Annotated[str, typer.Option(help="requests that decode")] = "1,16,64",
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
     csv: Annotated[Path | None, typer.Option(help="file for the results")] = None,
     *,
     engine: EngineConfig,
 ) -> None:
     """Take one decode step and one prefill apart, kernel by kernel."""
+    from headrace.bench.latency import parse_sizes
     from headrace.bench.profile import run_profile
 
-    run_profile(engine, batch, prompt, csv)
+    run_profile(engine, parse_sizes(batch), prompt, csv)
 
 
 @app.command()

@@ -53,14 +53,13 @@ class Workload:
         if (self.adapters > 0) != (self.rank > 0):
             raise ConfigError(f"--adapters is {self.adapters} and --rank {self.rank}; give both")
 
-    @staticmethod
-    def parse(batches: str, prompt: int, output: int, adapters: int, rank: int) -> Workload:
-        """From the command line, where batches are numbers with commas between."""
-        try:
-            sizes = tuple(int(b) for b in batches.split(","))
-            return Workload(sizes, prompt, output, adapters, rank)
-        except ValueError:
-            raise ConfigError(f"--batch is {batches}; it must be like 1,2,4") from None
+
+def parse_sizes(batches: str) -> tuple[int, ...]:
+    """Numbers with commas between, from the command line."""
+    try:
+        return tuple(int(size) for size in batches.split(","))
+    except ValueError:
+        raise ConfigError(f"--batch is {batches}; it must be like 1,2,4") from None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class ProfileRow:
     """One kernel (operator, on a CPU) in one step; or the whole, or the time when nothing ran."""
 
     phase: str  # decode or prefill
+    batch: int  # requests
     kernel: str
     count: float
     us: float
@@ -54,19 +55,24 @@ class ProfileRow:
     floor_share: float | None = None  # floor / time
 
 
-def run_profile(config: EngineConfig, batch: int, prompt: int, csv: Path | None) -> None:
-    """Print a table of each phase and write the CSV. ConfigError if the sizes don't fit."""
-    if min(batch, prompt) < 1:
+def run_profile(
+    config: EngineConfig, batches: Sequence[int], prompt: int, csv: Path | None
+) -> None:
+    """Print a table of a prefill and of each decode step, and write the CSV.
+
+    Raises ConfigError if the sizes don't fit.
+    """
+    if not batches or min(*batches, prompt) < 1:
         raise ConfigError("--batch and --prompt must be at least 1")
-    engine = Engine(replace(config, max_num_seqs=batch, enable_prefix_caching=False))
-    rows = [*profile_decode(engine, batch, prompt), *profile_prefill(engine, prompt)]
+    engine = Engine(replace(config, max_num_seqs=max(batches), enable_prefix_caching=False))
     console, name = Console(), device_name(engine)
-    titles = {
-        "decode": f"{name}: one token for each of {batch} requests, after {prompt}",
-        "prefill": f"{name}: a prompt of {prompt} tokens",
-    }
-    for phase, title in titles.items():
-        console.print(profile_table([row for row in rows if row.phase == phase], title))
+    rows = profile_prefill(engine, prompt)
+    console.print(profile_table(rows, f"{name}: a prompt of {prompt} tokens"))
+    for batch in batches:
+        decode = profile_decode(engine, batch, prompt)
+        title = f"{name}: one token for each of {batch} requests, after {prompt}"
+        console.print(profile_table(decode, title))
+        rows += decode
     if csv:
         write_csv(csv, rows)
 
@@ -75,22 +81,22 @@ def profile_decode(engine: Engine, batch: int, prompt: int) -> list[ProfileRow]:
     """Rows of one decode step, the mean of NUM_STEPS."""
     with decoding(engine, batch, prompt):
         if engine.model.device.type == "cpu":
-            return cpu_rows("decode", lambda: take_steps(engine, CPU_STEPS), CPU_STEPS)
+            return cpu_rows("decode", batch, lambda: take_steps(engine, CPU_STEPS), CPU_STEPS)
         num_traced = NUM_STEPS + 2
         spans = gpu_spans(lambda: take_steps(engine, num_traced))
     steps = split_steps(spans, num_traced)[1:]  # the first waits for the profiler
-    work = step_work(engine.model.config, floors.Step(batch, 1, prompt + num_traced / 2))
-    return gpu_rows("decode", steps, engine.model.config, work, find_gpu(device_name(engine)))
+    size = floors.Step(batch, 1, prompt + num_traced / 2)
+    return gpu_rows("decode", size, steps, engine.model.config, find_gpu(device_name(engine)))
 
 
 def profile_prefill(engine: Engine, prompt: int) -> list[ProfileRow]:
     """Rows of the step that computes one prompt, which was computed once before."""
     finish(engine, prompt)
     if engine.model.device.type == "cpu":
-        return cpu_rows("prefill", lambda: finish(engine, prompt), 1)
+        return cpu_rows("prefill", 1, lambda: finish(engine, prompt), 1)
     step = one_step(gpu_spans(lambda: finish(engine, prompt)))
-    work = step_work(engine.model.config, floors.Step(1, prompt, 0))
-    return gpu_rows("prefill", [step], engine.model.config, work, find_gpu(device_name(engine)))
+    size = floors.Step(1, prompt, 0)
+    return gpu_rows("prefill", size, [step], engine.model.config, find_gpu(device_name(engine)))
 
 
 @contextmanager
@@ -157,12 +163,13 @@ def gpu_spans(run: Callable[[], None]) -> list[Span]:
 
 
 def gpu_rows(
-    phase: str, steps: Sequence[Step], config: GptOssConfig, work: dict[str, Work], gpu: Gpu | None
+    phase: str, size: floors.Step, steps: Sequence[Step], config: GptOssConfig, gpu: Gpu | None
 ) -> list[ProfileRow]:
     """Means over the steps: a row a kernel, the longest first, then the idle times and the whole.
 
     Kernels that several ops use have a row for each op, if they can be told apart.
     """
+    work = step_work(config, size)
     totals: dict[str, list[float]] = {}
     for step in steps:
         named = name_ops(step.kernels, OPS_OF_LAYER, config.num_hidden_layers, LAST_OP)
@@ -175,6 +182,7 @@ def gpu_rows(
         floor = 1e6 * of.floor_s(gpu) if of and gpu else None
         return ProfileRow(
             phase,
+            size.num_seqs,
             name,
             count=len(times) / len(steps),
             us=us,
@@ -194,21 +202,21 @@ def gpu_rows(
     ]
 
 
-def cpu_rows(phase: str, run: Callable[[], None], num_steps: int) -> list[ProfileRow]:
+def cpu_rows(phase: str, batch: int, run: Callable[[], None], num_steps: int) -> list[ProfileRow]:
     """Torch's operators by their own time, without that of the operators they call."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     ops = [(op.key, op.count, op.self_cpu_time_total) for op in profiler.key_averages()]
     whole = sum(us for _, _, us in ops)
     rows = [
-        ProfileRow(phase, name, count / num_steps, us / num_steps, us / whole)
+        ProfileRow(phase, batch, name, count / num_steps, us / num_steps, us / whole)
         for name, count, us in sorted(ops, key=lambda op: -op[2])
     ]
-    return [*rows, ProfileRow(phase, "all operators", 1, whole / num_steps, 1.0)]
+    return [*rows, ProfileRow(phase, batch, "all operators", 1, whole / num_steps, 1.0)]
 
 
 def profile_table(rows: Sequence[ProfileRow], title: str) -> Table:
-    """What takes half a percent of the step or more."""
+    """What takes half a percent of the step or more, and the time when nothing ran."""
     table = Table(title=title)
     table.add_column("kernel", overflow="fold")
     has_work = any(row.mbytes is not None for row in rows)
@@ -216,7 +224,7 @@ def profile_table(rows: Sequence[ProfileRow], title: str) -> Table:
     for column in ("count", "us", "share", *of_work):
         table.add_column(column, justify="right")
     for row in rows:
-        if row.share < 0.005:
+        if row.share < 0.005 and not row.kernel.startswith("nothing"):
             continue
         numbers = (row.mbytes, row.gflops, row.floor_us)
         work = [
