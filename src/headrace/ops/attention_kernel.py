@@ -168,6 +168,20 @@ def _place_of_keys(pages, block, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKEN: 
 
 
 @triton.jit
+def _prefetch_keys(
+    k_ptr, value_offset, pages, block, PAGE: tl.constexpr, KEYS: tl.constexpr, TOKEN: tl.constexpr
+):
+    """Ask for a block's keys and values, to have them in L2 when they may be read."""
+    pages = tl.maximum(pages, 0)  # -1 before a window
+    k_ptrs = k_ptr + _place_of_keys(pages, block, PAGE, KEYS, TOKEN)
+    for i in tl.static_range(2):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [k_ptrs + i * value_offset],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS: tl.constexpr):
     """Where each row of a tile lies in [tokens, num_heads] from its first; which of them exist."""
     row = tl.arange(0, ROWS)
@@ -223,27 +237,28 @@ def attention_kernel(
         row_position = position + tl.arange(0, ROWS) // GROUP
         first_key = tl.maximum(position - window + 1, 0) if WINDOWED else 0
         end_key = position + num_tokens
+        start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
+        # the sink counts once: here, or when the parts are merged
+        whole = tl.load(item_ptr + _PARTS) == 1
+        head = kv_head * GROUP + tl.arange(0, ROWS) % GROUP
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
+        m = tl.where(whole, sink, float("-inf"))
+        k_ptr = cache_ptr + kv_head * HEAD_DIM
         pages = _load_pages(table_row_ptr, block_stride, first_block, end_key, PAGE, KEYS)
         if EARLY:
-            # so far only what the host has written: plan and table
+            # so far only weights, and what the host has written: plan and table
+            _prefetch_keys(k_ptr, value_offset, pages, first_block, PAGE, KEYS, TOKEN)
             gdc_wait()
 
-        start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
         row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
         q_ptrs = q_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
         q = tl.load(q_ptrs, mask=mask[:, None], other=0.0)
-        head = kv_head * GROUP + tl.arange(0, ROWS) % GROUP
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
-        # the sink counts once: here, or when the parts are merged
-        whole = tl.load(item_ptr + _PARTS) == 1
-        m = tl.where(whole, sink, float("-inf"))
         total = tl.where(whole, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         split_m = tl.full([ROWS], float("-inf"), tl.float32)
         split_total = tl.zeros([ROWS], tl.float32)
         split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
 
-        k_ptr = cache_ptr + kv_head * HEAD_DIM
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
             key_mask = key < end_key
