@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headrace.ops.experts import Activation, ExpertWeight
 from headrace.ops.moe import MoEWeights
-from headrace.ops.mxfp4 import MXFP4Weight, dequantize
+from headrace.ops.mxfp4 import MXFP4Weight
 
 Delta = Callable[[int, Tensor, Tensor, int], Tensor]
 
@@ -77,12 +77,10 @@ def _dense(weight: ExpertWeight, expert: int) -> Tensor:  # [out_features, in_fe
     if isinstance(weight, Tensor):
         return weight[expert].double()
     if isinstance(weight, MXFP4Weight):
-        blocks, scales = weight.blocks[expert], weight.scales[expert]
-        return dequantize(blocks, scales, torch.float32).double()
-    from headrace.ops.experts_kernel import DenseWeight
-    from headrace.ops.mxfp4_kernel import restore
+        return weight.rows(expert).dequantize(torch.float32).double()
+    from headrace.ops.mxfp4_kernel import PreparedMXFP4
+    from headrace.ops.weight_formats import dequantized
 
-    if isinstance(weight, DenseWeight):
-        return weight.values[expert].double()
-    blocks, scales = restore(weight.expert(expert))
-    return dequantize(blocks[0], scales[0], torch.float32).double()
+    if isinstance(weight, PreparedMXFP4):
+        return dequantized(weight.expert(expert), torch.float32)[0].double()
+    return weight.values[expert].double()
