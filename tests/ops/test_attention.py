@@ -169,3 +169,14 @@ def test_a_wrong_attention_is_noticed(wrong: str) -> None:
     }[wrong]()
     with pytest.raises(AssertionError):
         assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_out_is_filled_and_returned() -> None:
+    case = CASES["mixed, window"]
+    x = make(case)
+    starts = torch.tensor([0, *(rows for _, rows in case.sequences)]).cumsum(0).int()
+    lengths = torch.tensor([length for length, _ in case.sequences]).int()
+    out = torch.full_like(torch.cat(x.q), torch.nan)
+    arguments = (torch.cat(x.q), x.cache, x.block_table, starts, lengths, x.sinks, 5, 8**-0.5)
+    assert paged_attention(*arguments, out=out) is out
+    assert torch.equal(out, run(case, x))

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from headrace.ops.rope import (
     apply_rope,
+    rope_and_cache,
     rope_cos_sin,
     rope_inv_freq,
     yarn_attention_factor,
@@ -79,3 +80,19 @@ def test_bfloat16_is_turned_in_float32() -> None:
     x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     rope = rope_cos_sin(torch.arange(4), yarn_inv_freq(**GPT_OSS).float(), 1.0)
     assert torch.equal(apply_rope(x, *rope), apply_rope(x.float(), *rope).bfloat16())
+
+
+def test_rope_and_cache_splits_turns_and_writes() -> None:
+    qkv = torch.randn(3, (4 + 2 + 2) * 8, generator=torch.Generator().manual_seed(0))
+    rope = rope_cos_sin(torch.tensor([7, 0, 9]), rope_inv_freq(8, 100.0).float(), 1.25)
+    cache = torch.full((2, 2, 4, 2, 8), torch.nan)
+    out = torch.full((3, 4, 8), torch.nan)
+    assert rope_and_cache(qkv, *rope, cache, torch.tensor([5, -1, 2]), 4, 2, out=out) is out
+    heads = qkv.view(3, 8, 8)
+    assert torch.equal(out, apply_rope(heads[:, :4], *rope))
+    keys, values = cache.flatten(1, 2)
+    assert torch.equal(keys[[5, 2]], apply_rope(heads[:, 4:6], *rope)[[0, 2]])
+    assert torch.equal(values[[5, 2]], heads[[0, 2], 6:])
+    assert cache.flatten(1, 2)[:, [0, 1, 3, 4, 6, 7]].isnan().all()
+    alone = rope_and_cache(qkv[:1], *(t[:1] for t in rope), cache, torch.tensor([5]), 4, 2)
+    assert torch.equal(alone, out[:1])
