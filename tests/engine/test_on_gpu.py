@@ -5,6 +5,7 @@ The model has gpt-oss-20b's width and two layers; its weights are random and wel
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ def test_after_preemption(checkpoint: Path, alone: list) -> None:
     others = [ask(f"o{i}", PROMPT[i + 1 :], max_tokens=90) for i in range(2)]
     outputs = run(engine, others[0], others[1], ask("mine", PROMPT))
     assert answer(outputs["mine"]) == alone
+
+
+def test_in_the_last_pages_of_a_large_cache(checkpoint: Path, alone: list) -> None:
+    """Elements beyond 2 ** 32 from a tensor's first."""
+    engine = make_engine(checkpoint, kv_cache_memory=20 << 30, max_num_seqs=4)
+    full = engine.runner.kv_cache[1]
+    assert full[0].numel() > 2**32
+    for pool in engine.cache.pools:
+        pool.free = OrderedDict(reversed(pool.free.items()))
+    engine.add_request(ask("mine", PROMPT))
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+    assert answer(outputs) == alone
+    assert full[:, -1].any()
 
 
 def test_logits_are_near_transformers(checkpoint: Path) -> None:
