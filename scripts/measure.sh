@@ -33,9 +33,12 @@ engine=(--max-num-seqs 128 --max-num-batched-tokens 8192 --no-enable-prefix-cach
 latency() { checkpoint; headrace bench latency "$MODEL" "${engine[@]}" --csv "$out/latency.csv"; }
 profile() {
   checkpoint
-  for batch in ${BATCHES:-1 16 64}; do
-    headrace bench profile "$MODEL" --batch "$batch" "${engine[@]}" --csv "$out/profile_$batch.csv"
-  done
+  headrace profile "$MODEL" --batch "${BATCHES:-1,16,64}" "${engine[@]}" --csv "$out/profile.csv"
+}
+adapters() {
+  checkpoint
+  headrace bench latency "$MODEL" "${engine[@]}" --adapters 2 --rank "${RANK:-64}" \
+    --csv "$out/latency.csv"
 }
 startup() { checkpoint; headrace bench startup "$MODEL" --csv "$out/startup.csv"; }
 serve() {

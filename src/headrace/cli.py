@@ -1,4 +1,4 @@
-"""The `headrace` command: serve, generate, eval, bench, lora, doctor."""
+"""The `headrace` command: serve, generate, profile, eval, bench, lora, doctor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from headrace import __version__
 from headrace.bench.commands import app as bench_app
+from headrace.bench.commands import profile
 from headrace.bench.list_options import ListOptions
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.eval.command import evaluate
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(profile)
 app.command("eval", cls=ListOptions)(evaluate)
 app.add_typer(lora_app, name="lora")
 

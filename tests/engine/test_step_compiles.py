@@ -90,4 +90,4 @@ def test_every_kernel_of_a_step_compiles_and_fits(tmp_path: Path) -> None:
     named = name_ops([Busy(name, 1.0) for name in launched], OPS_OF_LAYER, 2, LAST_OP)
     ops = [kernel.name.split()[1] for kernel in named if " " in kernel.name]
     layer = ["qkv", "attention", "output", "router", "gate_up", "down"]
-    assert ops == [*layer, *layer, "lm_head"]  # as `headrace bench profile` tells them apart
+    assert ops == [*layer, *layer, "lm_head"]  # as `headrace profile` tells them apart

@@ -181,7 +181,6 @@ def startup(
     run_startup(model, flags or [], csv)
 
 
-@app.command()
 @with_configs(engine=EngineConfig)
 def profile(
     model: Annotated[
