@@ -110,10 +110,10 @@ def _combine_parts(
     column = tl.arange(0, HEAD_DIM)[None, :]
     head = first_head + of_group
     sink = tl.load(sinks_ptr + head, mask=mask, other=0.0).to(tl.float32) * _LOG2_E
-    # m and total fill a tile too, so that threads exchange nothing and no barrier delays a load
-    zeros = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
     for token in range(num_tokens):
-        m, total, acc = zeros + sink[:, None], zeros + 1.0, zeros
+        m = sink
+        total = tl.full([PADDED_GROUP], 1.0, tl.float32)
+        acc = tl.zeros([PADDED_GROUP, HEAD_DIM], tl.float32)
         for first_part in range(0, parts, 8):
             for i in tl.static_range(8):  # so many loads are under way together
                 part = first_part + i
@@ -132,11 +132,11 @@ def _combine_parts(
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                m, weight, part_weight = _merge_weights(m, zeros + part_m[:, None])
-                total = _merge(total, weight, zeros + part_total[:, None], part_weight)
-                acc = _merge(acc, weight, part_acc, part_weight)
+                m, weight, part_weight = _merge_weights(m, part_m)
+                total = _merge(total, weight, part_total, part_weight)
+                acc = _merge(acc, weight[:, None], part_acc, part_weight[:, None])
         out_row = (row + token).to(tl.int64) * NUM_HEADS + head
-        out = _normalize(acc, total)
+        out = _normalize(acc, total[:, None])
         tl.store(
             out_ptr + out_row[:, None] * HEAD_DIM + column,
             out.to(out_ptr.dtype.element_ty),
