@@ -16,7 +16,7 @@ checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$
 # A process for each file that has some: an error of the GPU ends no other file's tests. One file
 # fills the GPU's memory, and runs after the others.
 gpu_tests() {
-  xargs -P "${JOBS:-4}" -I{} bash -c '
+  xargs -P "${JOBS:-8}" -I{} bash -c '
     told=$(timeout 400 python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) && ok=0 || ok=1
     printf "== %s\n%s\n" "{}" "$told"
     exit $ok'
