@@ -132,6 +132,8 @@ def test_base_rows_keep_their_bits(checkpoint: Path, model: Model, tmp_path: Pat
     plain = Engine(EngineConfig(kv_cache_memory=8 << 20, block_size=4), model=model)
     expected = news(run(plain, base)["base"])
     engine = make_engine(model, paths, enable_prefix_caching=False)
+    memory = pool_of(engine).memory.weights.memory
+    assert (plain.ready.start.adapter_bytes, engine.ready.start.adapter_bytes) == (0, memory.nbytes)
     assert news(run(engine, base)["base"]) == expected
     others = [ask(f"r{i}", PROMPTS[1], f"a{i}", max_tokens=8) for i in range(3)]
     together = run(engine, others[0], base, *others[1:])["base"]
