@@ -14,9 +14,10 @@ from headrace.bench.case import Case, time_us
 from headrace.bench.floors import GPUS
 from headrace.bench.kernels import (
     SIZES,
+    Failures,
     KernelRow,
     case_modules,
-    find_cases,
+    modules_of,
     op_table,
     peer_of,
     report,
@@ -43,19 +44,35 @@ def row(m: int, us: float, **labels: int) -> KernelRow:
     return KernelRow(labels, m, us, us / 2, "other", 3 * us, 1.0, 2.0)
 
 
-def test_cases_of_the_wanted_ops() -> None:
-    found = list(find_cases([Cases()], ["multiply"], [1, 8], torch.device("cpu")))
-    assert [(c.op, c.num_tokens) for c in found] == [("multiply", 1), ("multiply", 8)]
-    assert len(list(find_cases([Cases()], [], [1, 8], torch.device("cpu")))) == 4
+def test_modules_of_the_wanted_ops() -> None:
+    cases = Cases()
+    assert modules_of([cases], ["multiply"]) == modules_of([cases], []) == [cases]
 
 
 def test_an_unknown_op_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no op divide; there are add, multiply"):
-        list(find_cases([Cases()], ["divide"], [1], torch.device("cpu")))
+        modules_of([Cases()], ["divide"])
+
+
+def test_every_module_names_the_ops_of_its_cases() -> None:
+    pytest.importorskip("triton")
+    modules = case_modules()
+    ops = [op for module in modules for op in module.OPS]
+    assert {"moe_layer", "router"} <= set(ops)
+    assert len(ops) == len(set(ops))
+
+
+def test_a_failure_is_told_and_counted() -> None:
+    console = Console(record=True, width=100)
+    failures = Failures(console)
+    assert failures.attempt("seven", lambda: 7) == 7
+    assert failures.attempt("a list", lambda: [][0]) is None
+    assert failures.count == 1
+    assert "a list: IndexError: list index out of range" in console.export_text()
 
 
 def test_the_floor_is_the_longer_of_bytes_and_arithmetic() -> None:
-    case = next(find_cases([Cases()], [], [1], torch.device("cpu")))
+    case = next(Cases().cases([1], torch.device("cpu")))
     assert case.work.floor_s(H100) == pytest.approx(1e-6)
     assert replace(case, num_flops=7.9e9).work.floor_s(H100) == pytest.approx(1e-5)
 
@@ -122,11 +139,13 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def cases(self, sizes: Sequence[int], device: torch.device) -> Iterator[Case]:
             yield replace(good, op="multiply", check=wrong)
             yield good
+            raise MemoryError("no more")
 
     monkeypatch.setattr(kernels, "case_modules", lambda: [Both()])
     console = Console(record=True, width=200)
     assert run_kernels(console, [], [1], tmp_path) == 1
-    assert "multiply m=1: AssertionError: off by one" in console.export_text()
+    assert "multiply m=1: AssertionError: off by one" in console.export_text(clear=False)
+    assert "MemoryError: no more" in console.export_text(clear=False)
     assert (tmp_path / "add.csv").exists()
     assert not (tmp_path / "multiply.csv").exists()
     assert 0.5 < time_us(good) < 1000
@@ -134,7 +153,7 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.gpu
 def test_every_op_runs_at_one_size() -> None:
-    modules = case_modules()
-    assert modules
-    for case in find_cases(modules, [], [3], torch.device("cuda")):
-        case.check()
+    for module in case_modules():
+        for case in module.cases([3], torch.device("cuda")):
+            case.check()
+            assert case.op in module.OPS

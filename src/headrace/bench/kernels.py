@@ -9,11 +9,12 @@ import csv
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,6 +26,9 @@ from headrace.bench.floors import Gpu, find_gpu
 from headrace.config import ConfigError
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,29 +79,45 @@ def run_kernels(
 
         need_matplotlib()
     torch.manual_seed(0)
-    device = torch.device("cuda")
     name = torch.cuda.get_device_name()
     gpu = find_gpu(name)
     console.print(f"{name}, torch {torch.__version__}")
     rows: dict[str, list[KernelRow]] = {}
-    failed = 0
-    for case in find_cases(case_modules(), ops, sizes, device):
-        try:
-            case.check()
-            row = measured(case, gpu)
-        except Exception as error:  # one broken op must not cost the others their figures
-            failed += 1
-            what = f"{case.name} m={case.num_tokens}: {type(error).__name__}: {error}"
-            console.print(what, style="red", markup=False)
-            continue
-        console.print(f"{case.name} m={row.m}: {row.us:.2f} us")
-        rows.setdefault(case.op, []).append(row)
-        if out is not None:
-            write_rows(out / f"{case.op}.csv", rows[case.op])
+    failures = Failures(console)
+    for module in modules_of(case_modules(), ops):
+        cases = module.cases(sizes, torch.device("cuda"))
+        while case := failures.attempt(f"cases of {module.OPS}", partial(next, cases, None)):
+            if ops and case.op not in ops:
+                continue
+            row = failures.attempt(f"{case.name} m={case.num_tokens}", partial(measured, case, gpu))
+            if row is None:
+                continue
+            console.print(f"{case.name} m={row.m}: {row.us:.2f} us")
+            rows.setdefault(case.op, []).append(row)
+            if out is not None:
+                write_rows(out / f"{case.op}.csv", rows[case.op])
     report(console, rows, out)
-    if failed:
-        console.print(f"{failed} cases failed, see above", style="red")
-    return min(failed, 1)
+    if failures.count:
+        console.print(f"{failures.count} failed, see above", style="red")
+    return min(failures.count, 1)
+
+
+class Failures:
+    """Prints and counts what went wrong: one broken op must not cost the others their figures."""
+
+    def __init__(self, console: Console) -> None:
+        self.count = 0
+        self._console = console
+
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """Its result, or None if it raises an error."""
+        try:
+            return work()
+        except Exception as error:
+            self.count += 1
+            text = f"{what}: {type(error).__name__}: {error}"
+            self._console.print(text, style="red", markup=False)
+            return None
 
 
 def case_modules() -> list[CaseModule]:
@@ -106,24 +126,19 @@ def case_modules() -> list[CaseModule]:
     return [importlib.import_module(f"headrace.bench.{n}") for n in names if n.startswith("cases_")]
 
 
-def find_cases(
-    modules: Sequence[CaseModule], ops: Sequence[str], sizes: Sequence[int], device: torch.device
-) -> Iterator[Case]:
-    """The cases of these ops, or of all; raises ConfigError for an op that no module has."""
+def modules_of(modules: Sequence[CaseModule], ops: Sequence[str]) -> list[CaseModule]:
+    """Those with one of these ops, or all; raises ConfigError for an op that no module has."""
     known = {op for module in modules for op in module.OPS}
     if unknown := set(ops) - known:
         raise ConfigError(
             f"no op {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
         )
-    for module in modules:
-        if not ops or set(ops) & set(module.OPS):
-            for case in module.cases(sizes, device):
-                if not ops or case.op in ops:
-                    yield case
+    return [module for module in modules if not ops or set(ops) & set(module.OPS)]
 
 
 def measured(case: Case, gpu: Gpu | None) -> KernelRow:
-    """Time one case."""
+    """Check one case, then time it."""
+    case.check()
     us = time_us(case)
     peer, peer_us = peer_of(case, gpu)
     return KernelRow(
