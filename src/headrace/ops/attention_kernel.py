@@ -1,14 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
 """Paged attention on the GPU: a fixed grid of programs that works off the items of a plan.
 
-A row's bits depend on its own position and keys alone. Its keys are taken in blocks of KEY_BLOCK
-from position 0, the blocks of a split by online softmax, the splits merged in rising order by
-`_merge`. One program walks all splits of a tile, or several take one split each and the last to
-arrive merges them; both run the same code on the same tile of TILE_ROWS x KEY_BLOCK, so a prompt's
-chunk and a decode row take the same instructions too.
+A row's bits depend on its own position and keys alone. Its keys are taken in blocks from position
+0 on, the blocks of a split by online softmax, the splits merged in rising order by one formula. A
+program walks all splits of a tile, or several take one split each and the last to arrive merges
+them: both run the same instructions on a tile of the same size, a chunk of a prompt and a decode
+row too.
 
-The rows are the tall side of both products: their softmax stays within four threads, and the
-probabilities reach the second product in registers. The heads that share a KV head fill the tile.
+The rows, tokens times the heads that share a KV head, are the tall side of both products: their
+softmax stays within four threads, and the probabilities reach the second product in registers. A
+decode row fills an eighth of a tile of 64 rows; what is read from memory is the same.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _merge_weights(m, split_m):
 
 @triton.jit
 def _merge(x, weight, split_x, split_weight):
-    """Explicit, for the compiler must not round differently from one place to the other."""
+    """x weight + split_x split_weight, rounded alike wherever the compiler puts it."""
     return tl.fma(x, weight, split_x * split_weight)
 
 
@@ -190,7 +191,7 @@ def _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["counters_start", "seq_stride", "block_stride", "window"],
-    do_not_specialize_on_alignment=["table_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "sinks_ptr"],
 )
 def attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
@@ -301,7 +302,7 @@ def attention_kernel(
         # fields are loaded again rather than held in registers through the loop
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
         row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
-        parts = tl.load(item_ptr + _PARTS)
+        parts = 1 if WINDOWED else tl.load(item_ptr + _PARTS)
         if parts == 1:
             start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
             out_ptrs = out_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
