@@ -71,7 +71,7 @@ def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
-        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=max(16, 1024 // block_m),
+        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=min(64, 2048 // block_m),
         NUM_COUNTERS=64 if fused and first else 0, EARLY=fused and capability == 90,
         PREFETCH_BYTES=32768 if fused and capability == 90 else 0)
     if not lora:
@@ -83,17 +83,19 @@ def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False
     if not fused or first:
         constants |= dict.fromkeys(TOKEN_SUM)
     return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
-                          stages, weight="*i32" if mxfp4 else "*bf16")
+                          stages, weight="*i32" if mxfp4 else "*bf16",
+                          parts="*fp32" if block_m == 16 else "*bf16")
 
 def shrink(capability, experts, block_m, block_r, block_k):
     constants = dict(
         WIDTHS=(5760,) if experts else (4096, 512, 512), PREFETCH=capability == 90,
         EARLY=capability == 90,
         TOP_K=4 if experts else 1, GATHER=True, EXPERTS=experts, SLOTS=32, RANK_TILES=64 // block_r,
-        SLICES=1 if block_m == 16 else 4, SLICE_K=768, BLOCK_M=block_m, TALL_M=max(block_m, 64),
-        BLOCK_R=block_r, BLOCK_K=block_k)
+        SLICES=1 if block_m == 16 else 4, WHOLE=block_m > 16, SLICE_K=768, BLOCK_M=block_m,
+        TALL_M=max(block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k)
     return compile_kernel(lora_kernel.shrink_kernel, capability, constants,
-                          4 if block_m <= 64 else 8, 3)
+                          4 if block_m <= 64 else 8, 3,
+                          parts="*fp32" if block_m == 16 else "*bf16")
 
 def lora_kernels(capability):
     results = {}

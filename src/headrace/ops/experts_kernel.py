@@ -461,7 +461,7 @@ def grouped_matmul(
         GROUP_M=tile.group_m,
         LORA=low_rank is not None,
         NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
-        BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts.shape[3], tile.block_m),
+        BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts, tile.block_m),
         NUM_COUNTERS=0 if ahead is None or ahead.counters is None else len(ahead.counters),
         EARLY=early,
         PREFETCH_BYTES=tile.prefetch_bytes if hopper and isinstance(weight, PreparedMXFP4) else 0,

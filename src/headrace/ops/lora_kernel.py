@@ -41,7 +41,7 @@ class LowRank:
     site: LoraSite
     memory: Tensor  # LoraWeights.memory
     slot_of_token: Tensor  # [num_tokens] int32, -1: none
-    parts: Tensor  # [num_parts, num_segments, num_rows, max_rank] float32
+    parts: Tensor  # [num_parts, num_segments, num_rows, max_rank] float32; if one: u itself
 
 
 def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
@@ -111,7 +111,8 @@ def shrink_kernel(
     a_ptr,  # [num_segments, num_slots] int64
     b_ptr,  # [num_segments, num_slots] int64
     rank_ptr,  # [num_segments, num_slots] int32
-    parts_ptr,  # [num_parts, num_segments, num_rows, max_rank] float32
+    scale_ptr,  # [num_segments, num_slots] float32
+    parts_ptr,  # [num_parts, num_segments, num_rows, max_rank]
     order_ptr,  # [num_rows] int32: sorted rows
     work_ptr,  # blocks of experts, or starts of adapters
     slot_of_token_ptr,
@@ -126,6 +127,7 @@ def shrink_kernel(
     SLOTS: tl.constexpr,  # num_slots, rounded up
     RANK_TILES: tl.constexpr,
     SLICES: tl.constexpr,  # of K that a program sums
+    WHOLE: tl.constexpr,  # these are all: times scale, and rounded
     SLICE_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TALL_M: tl.constexpr,  # rows of a product: BLOCK_M, at least the 64 of one instruction
@@ -154,6 +156,7 @@ def shrink_kernel(
     rank_ptr += segment * num_slots
     adapter = _adapters_with_rank(slot_of_token_ptr, pair // TOP_K, row_mask, rank_ptr)
     current = tl.min(adapter, 0)
+    owner = adapter
     r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     # the parts share the rows of a tile
     first_r = rank_tile * BLOCK_R + part * (BLOCK_R // tl.num_programs(2))
@@ -198,6 +201,10 @@ def shrink_kernel(
     num_segments = tl.num_programs(1) // RANK_TILES
     out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
     out_ptrs = parts_ptr + out_row[:, None] * max_rank + r[None, :]
+    if WHOLE:
+        scale_ptrs = scale_ptr + segment * num_slots + owner
+        total *= tl.load(scale_ptrs, mask=owner < _NO_ADAPTER, other=0.0)[:, None]
+    total = total.to(parts_ptr.dtype.element_ty)
     tl.store(out_ptrs, total, mask=row_mask[:, None] & (r < max_rank)[None, :])
 
 
@@ -220,7 +227,7 @@ def add_low_rank(
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr = False,  # acc has columns 2i and 2i + 1 of each 16 in 8 and 8 rows
 ):
-    """acc[n, row] += sum_r B[r, n] u[row, r], with u = scale * (sum of parts) rounded to B's dtype.
+    """acc[n, row] += sum_r B[r, n] u[row, r], u = scale * (sum of parts) rounded, or the one part.
 
     Adapter after adapter of the rows; the rows of the others count as zeros.
     """
@@ -233,14 +240,15 @@ def add_low_rank(
         start = tl.multiple_of(tl.load(b_ptr + current), 128)
         b_ptrs = memory_ptr + start + expert.to(tl.int64) * rank * width + column[None, :]
         mine = (adapter == current)[None, :]
-        for first_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+        for first_r in tl.range(0, rank, BLOCK_R, num_stages=3 if NUM_PARTS == 1 else 1):
             r = first_r + tl.arange(0, BLOCK_R)[:, None]
             b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
             mask = mine & (r < rank)
             u = tl.load(parts_ptrs + r, mask=mask, other=0.0)
-            for part in tl.static_range(1, NUM_PARTS):
-                u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
-            u = (u * scale).to(b.dtype)
+            if NUM_PARTS > 1:
+                for part in tl.static_range(1, NUM_PARTS):
+                    u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
+                u = (u * scale).to(b.dtype)
             if INTERLEAVED:
                 b = b.reshape(BLOCK_R, BLOCK_N // 16, 8, 2).permute(0, 1, 3, 2)
                 b = b.reshape(BLOCK_R, BLOCK_N)
@@ -301,7 +309,7 @@ def expand_kernel(
     b_ptr,  # [num_segments, num_slots] int64
     rank_ptr,  # [num_segments, num_slots] int32
     scale_ptr,  # [num_segments, num_slots] float32
-    parts_ptr,  # [NUM_PARTS, num_segments, num_rows, max_rank] float32
+    parts_ptr,  # [NUM_PARTS, num_segments, num_rows, max_rank]
     order_ptr,  # [num_rows] int32: sorted rows
     work_ptr,  # blocks of experts, or starts of adapters
     slot_of_row_ptr,
@@ -362,24 +370,27 @@ def embedding_shrink_kernel(
     memory_ptr,
     a_ptr,  # [1, num_slots] int64
     rank_ptr,  # [1, num_slots] int32
-    parts_ptr,  # [1, 1, num_rows, max_rank] float32
+    scale_ptr,  # [1, num_slots] float32
+    parts_ptr,  # [1, 1, num_rows, max_rank]
     slot_of_row_ptr,
     num_rows,
     vocab_size,
     max_rank,
     BLOCK_R: tl.constexpr,
 ):
-    """parts[row, r] = A[r, token of row]."""
+    """parts[row, r] = scale A[r, token of row], rounded."""
     row = tl.program_id(0)
     slot = tl.load(slot_of_row_ptr + row)
     if slot < 0:
         return
     rank = tl.load(rank_ptr + slot)
+    scale = tl.load(scale_ptr + slot)
     start = tl.load(a_ptr + slot) + tl.load(token_ids_ptr + row)
     for first_r in range(0, rank, BLOCK_R):
         r = first_r + tl.arange(0, BLOCK_R)
         a = tl.load(memory_ptr + start + r.to(tl.int64) * vocab_size, mask=r < rank)
-        tl.store(parts_ptr + row.to(tl.int64) * max_rank + r, a.to(tl.float32), mask=r < rank)
+        u = (a.to(tl.float32) * scale).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + row.to(tl.int64) * max_rank + r, u, mask=r < rank)
 
 
 @dataclass(frozen=True)
@@ -423,8 +434,7 @@ def shrink_experts(
 ) -> LowRank:
     """The first half of scale (x A_e^T) B_e, for every (token, expert) pair with an adapter."""
     work = _expert_work(slots, slot_of_token, block_m, top_k, gather)
-    _shrink(x, site, memory, work, parts)
-    return LowRank(site, memory, slot_of_token, parts)
+    return LowRank(site, memory, slot_of_token, _shrink(x, site, memory, work, parts))
 
 
 def add_lora_kernel(
@@ -437,8 +447,7 @@ def add_lora_kernel(
 ) -> Tensor:
     """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y."""
     work = _dense_work(rows, site)
-    _shrink(x, site, memory, work, parts)
-    return _expand(y, site, memory, work, parts)
+    return _expand(y, site, memory, work, _shrink(x, site, memory, work, parts))
 
 
 def add_lora_embedding_kernel(
@@ -450,11 +459,11 @@ def add_lora_embedding_kernel(
     parts: Tensor,  # from low_rank_parts
 ) -> Tensor:
     """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
-    parts = parts[:1]
+    parts = _one_part(parts, memory.dtype)
     if len(token_ids):
         embedding_shrink_kernel[(len(token_ids),)](
-            token_ids, memory, site.a, site.rank, parts, rows.slot_of_row, len(token_ids),
-            site.in_features, parts.shape[3], BLOCK_R=64, num_warps=2,
+            token_ids, memory, site.a, site.rank, site.scale, parts, rows.slot_of_row,
+            len(token_ids), site.in_features, parts.shape[3], BLOCK_R=64, num_warps=2,
         )  # fmt: skip
     return _expand(y, site, memory, _dense_work(rows, site), parts)
 
@@ -475,25 +484,27 @@ def add_expert_lora_kernel(
     row = torch.arange(len(y), dtype=torch.int32, device=y.device)
     blocks = torch.stack((expert_of_row.int(), row, row + 1, row), dim=1)
     work = _expert_work(SortedSlots(row, blocks), slot_of_row, 16, 1, True)
-    _shrink(x, site, memory, work, parts)
-    return _expand(y, site, memory, work, parts)
+    return _expand(y, site, memory, work, _shrink(x, site, memory, work, parts))
 
 
-def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tensor) -> None:
+def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tensor) -> Tensor:
+    """Fill parts; returns them, or what they are when one is the whole."""
     _check(x, site, memory, len(work.order), parts)
+    if len(parts) == 1:
+        parts = _one_part(parts, memory.dtype)
     num_parts, num_segments, num_rows, max_rank = parts.shape
     if work.num_blocks == 0 or max_rank == 0:
-        return
+        return parts
     num_slots = site.rank.shape[1]
     block_r = _shrink_tile(work.num_blocks * num_segments * num_parts, max_rank)
     rank_tiles = triton.cdiv(max_rank, block_r)
     early = _early(x)
     shrink_kernel[(work.num_blocks, num_segments * rank_tiles, num_parts)](
-        x, memory, site.a, site.b, site.rank, parts, work.order, work.table, work.slot_of_token,
-        num_rows, num_slots, site.in_features, max_rank,
+        x, memory, site.a, site.b, site.rank, site.scale, parts,
+        work.order, work.table, work.slot_of_token, num_rows, num_slots, site.in_features, max_rank,
         WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
         SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
-        SLICES=NUM_SLICES // num_parts,
+        SLICES=NUM_SLICES // num_parts, WHOLE=num_parts == 1,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
         BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r,
         # a slice of 768 in three steps, all under way at once
@@ -501,6 +512,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
         EARLY=early, num_warps=4 if work.block_m <= 64 else 8, num_stages=3, launch_pdl=early,
     )  # fmt: skip
+    return parts
 
 
 def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tensor) -> Tensor:
@@ -521,10 +533,16 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
             work.slot_of_token, num_rows, num_slots, max_rank, y.stride(0),
             WIDTHS=site.widths, ALIGN=_align(site), EXPERTS=work.experts,
             SLOTS=triton.next_power_of_2(num_slots), NUM_PARTS=len(parts),
-            BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(max_rank, block_m),
+            BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(parts, block_m),
             EARLY=early, num_warps=4 if block_m <= 64 else 8, launch_pdl=early,
         )  # fmt: skip
     return y
+
+
+def _one_part(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of the first part for values of another dtype, of float32's size or less."""
+    first = parts[:1]
+    return first.view(-1).view(dtype)[: first.numel()].view(first.shape)
 
 
 def _early(x: Tensor) -> bool:
@@ -539,15 +557,19 @@ def _align(site: LoraSite) -> int:
 
 def _shrink_tile(num_programs: int, max_rank: int) -> int:
     """Rows of A that a program takes; few where programs are few, for the sums are the same."""
-    block_r = rank_tile(max_rank, 16)
+    block_r = min(max(triton.next_power_of_2(max_rank), 16), 64)
     while block_r > 16 and num_programs * triton.cdiv(max_rank, block_r) < 264:  # two an SM
         block_r //= 2
     return block_r
 
 
-def rank_tile(max_rank: int, block_m: int) -> int:
-    """Rank-1 terms of one step of a product with B: fewer where many rows fill the registers."""
-    return min(max(triton.next_power_of_2(max_rank), 16), max(1024 // block_m, 16), 64)
+def rank_tile(parts: Tensor, block_m: int) -> int:
+    """Rank-1 terms of one step of a product with B: fewer where many rows fill the registers.
+
+    Parts that are yet to be added pass through registers, u itself goes to shared memory.
+    """
+    most = (2048 if len(parts) == 1 else 1024) // block_m
+    return min(max(triton.next_power_of_2(parts.shape[3]), 16), max(most, 16), 64)
 
 
 def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tensor) -> None:
