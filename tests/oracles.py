@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.models.weights import read_json
+from headrace.files import read_json
 from headrace.ops.mxfp4 import dequantize
 
 os.environ["HF_HUB_OFFLINE"] = "1"

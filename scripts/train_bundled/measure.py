@@ -54,7 +54,8 @@ def merge(adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    from headrace.models.weights import read_json, write_checkpoint
+    from headrace.files import read_json
+    from headrace.models.weights import write_checkpoint
 
     config = read_json(DATA / "tiny/config.json")
     del config["quantization_config"]

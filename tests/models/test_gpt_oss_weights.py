@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headrace.config import ConfigError
+from headrace.files import read_json
 from headrace.models import load_model
 from headrace.models.config import parse_config, read_config
 from headrace.models.file_reader import FileReader
 from headrace.models.gpt_oss_weights import load_gpt_oss, tensor_shapes
-from headrace.models.weights import Checkpoint, quantize_experts, read_json, write_checkpoint
+from headrace.models.weights import Checkpoint, quantize_experts, write_checkpoint
 from headrace.ops.experts import Experts
 from headrace.ops.experts_kernel import DenseWeight
 from headrace.ops.moe import moe_layer, own_buffers

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from headrace.config import ConfigError
-from headrace.models.weights import INDEX_NAME, Checkpoint, read_json, write_checkpoint
+from headrace.files import read_json
+from headrace.models.weights import INDEX_NAME, Checkpoint, write_checkpoint
 
 TENSORS = {
     "a.weight": torch.arange(6.0).view(2, 3),

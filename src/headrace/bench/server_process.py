@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headrace.config import ConfigError
-from headrace.engine.adapters import parse_module
-from headrace.models.weights import read_json
+from headrace.files import parse_module, read_json
 
 START = "from headrace.cli import main; main()"
 POLL = 0.1  # seconds between looks at /health

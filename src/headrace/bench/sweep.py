@@ -18,7 +18,7 @@ from headrace.bench.serve import measure, print_failures
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.bench.server_process import largest_rank, lora_flags, running_server
 from headrace.config import ConfigError
-from headrace.engine.adapters import parse_module
+from headrace.files import parse_module
 from headrace.models.config import read_config
 
 MIN_PROMPTS = 20

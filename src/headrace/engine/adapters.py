@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +11,9 @@ from headrace.config import ConfigError, EngineConfig
 from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from headrace.engine.request import Request, RequestError
 from headrace.engine.staging import Staging
+from headrace.files import directory, parse_module
 from headrace.lora.adapter import AdapterNotFoundError
+from headrace.lora.loader import Loader
 from headrace.lora.memory import LoraMemory, full_size
 from headrace.lora.pool import Lora, LoraPool, PoolNews
 from headrace.lora.rows import row_arrays
@@ -182,26 +181,6 @@ def slot_of(request: Request) -> int:
     return request.lora.slot
 
 
-def parse_module(text: str) -> tuple[str, Path]:
-    """NAME=DIRECTORY, or the JSON object {"name": ..., "path": ...} that vLLM takes too."""
-    if text.lstrip().startswith("{"):
-        try:
-            fields = json.loads(text)
-        except ValueError:
-            fields = {}
-        name, path = fields.get("name"), fields.get("path")
-    else:
-        name, _, path = text.partition("=")
-    if not (isinstance(name, str) and isinstance(path, str) and name and path):
-        raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
-    return name, directory(path)
-
-
-def directory(path: str) -> Path:
-    """The path with ~ replaced, if it names a user that there is."""
-    return Path(os.path.expanduser(path))  # Path.expanduser raises for users that there aren't
-
-
 def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
     """The pool and its memory on the model's device."""
     sites = model_sites(model.config)
@@ -221,4 +200,5 @@ def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
             f"the adapters' memory of {num_bytes} bytes does not fit on the device; lower "
             "--max-loras or --max-lora-rank, or give --lora-memory"
         ) from None
-    return LoraPool(memory, model.base_tensor, config.max_cpu_loras or config.max_loras)
+    loader = Loader(memory, model.base_tensor)
+    return LoraPool(memory, loader, config.max_cpu_loras or config.max_loras)

@@ -29,7 +29,7 @@ from headrace.engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from headrace.engine.process import MakeEngine, make_engine, run_engine
+from headrace.engine.spawn import MakeEngine, run
 
 LAST_WORDS = 0.2  # seconds between the end of the process and reading no more of its messages
 EXIT_PATIENCE = 5.0  # seconds that the process gets to exit before it is killed
@@ -51,7 +51,7 @@ class EngineClient:
         self,
         config: EngineConfig,
         *,
-        make: MakeEngine = make_engine,
+        make: MakeEngine | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         on_stats: Callable[[EngineStats], None] | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class EngineClient:
         self._socket.bind(address)
         # spawn: a forked child would inherit locks that other threads hold
         self.process = multiprocessing.get_context("spawn").Process(
-            target=run_engine,
+            target=run,
             args=(self.config, address, self._make),
             name="headrace-engine",
             daemon=True,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from headrace.config import ConfigError
 from headrace.eval.harness import Score
-from headrace.models.weights import read_json
+from headrace.files import read_json
 
 
 @dataclass(frozen=True)

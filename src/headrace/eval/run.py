@@ -14,7 +14,6 @@ from rich.console import Console
 import headrace
 from headrace.bench.model_list import choose_model, wait_for_models
 from headrace.bench.server_process import lora_flags, running_server
-from headrace.engine.adapters import parse_module
 from headrace.eval.config import EvalConfig
 from headrace.eval.harness import ask, load_tasks, need_lm_eval
 from headrace.eval.results import (
@@ -24,6 +23,7 @@ from headrace.eval.results import (
     score_table,
     write_evaluation,
 )
+from headrace.files import parse_module
 
 START_TIMEOUT = 600  # seconds for a server of our own
 WIDE = 1000  # columns: a file has no edge to wrap at

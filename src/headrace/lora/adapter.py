@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.config import ConfigError
+from headrace.files import read_json
 from headrace.lora.factors import ExpertFactors, ExpertName, Factors, stack_experts
 from headrace.lora.peft_config import PeftConfig, parse_peft_config
 from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
-from headrace.models.weights import read_json
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("BF16", "F16", "F32")

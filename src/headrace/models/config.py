@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from headrace.config import ConfigError
-from headrace.models.weights import read_json
+from headrace.files import read_json
 
 ARCHITECTURE = "GptOssForCausalLM"
 _LAYER_TYPES = ("sliding_attention", "full_attention")

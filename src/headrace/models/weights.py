@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headrace.config import ConfigError
+from headrace.files import read_json
 from headrace.models.file_reader import FilePiece, FileReader, PendingTensor
 from headrace.ops import mxfp4
 
@@ -102,19 +103,6 @@ class Checkpoint:
         header = self._file_of[name].get_slice(name)
         dtype = (_FLOATS | _PACKED).get(header.get_dtype(), torch.uint8)
         return prod(header.get_shape()) * dtype.itemsize
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """A JSON object; ConfigError if the file is missing (unless missing_ok) or something else."""
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}; it must hold a JSON object")
-    return value
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.config import ConfigError
-from headrace.models.weights import read_json
+from headrace.files import read_json
 from headrace.server.errors import bad_request
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError, ServerConfig
-from headrace.engine.adapters import parse_module
-from headrace.models.weights import read_json
+from headrace.files import parse_module, read_json
 from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.harmony import speaks_harmony
 from headrace.server.tokenizer import Tokenizer

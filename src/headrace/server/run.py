@@ -37,18 +37,22 @@ def run_server(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Start the engine and the HTTP server, and end them in order."""
     start = time.monotonic() - (process_age() or 0.0)
-    tokenizer = load_tokenizer(engine_config.model)
-    model = load_model_info(
-        engine_config.model, tokenizer, server_config, engine_config.lora_modules
-    )
     console = Console(stderr=True)
     with bind(server_config) as listener, Progress(console=console, transient=True) as bar:
-        loading = bar.add_task(f"loading {model.name}", total=None)
+        loading = bar.add_task(f"loading {engine_config.model.name}", total=None)
         engine = EngineClient(
             engine_config, on_progress=lambda d, t: bar.update(loading, completed=d, total=t)
         )
         before = time.monotonic() - start
-        await engine.start()
+        starting = asyncio.create_task(engine.start())
+        try:  # the engine's process works meanwhile
+            tokenizer = await asyncio.to_thread(load_tokenizer, engine_config.model)
+            model = load_model_info(
+                engine_config.model, tokenizer, server_config, engine_config.lora_modules
+            )
+            await starting
+        finally:
+            starting.cancel()
         bar.stop()
         app = create_app(engine, tokenizer, server_config, model)
         http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))

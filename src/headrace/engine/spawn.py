@@ -1,0 +1,17 @@
+"""The engine process's first function: what it imports, its parent need not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from headrace.config import EngineConfig
+
+MakeEngine = Callable[[EngineConfig, Callable[[int, int], None]], Any]
+
+
+def run(config: EngineConfig, address: str, make: MakeEngine | None) -> None:
+    """`headrace.engine.process.run_engine`; without make, on the checkpoint of the config."""
+    from headrace.engine.process import make_engine, run_engine
+
+    run_engine(config, address, make or make_engine)

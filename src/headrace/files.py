@@ -1,0 +1,43 @@
+"""Reading files that the caller names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from headrace.config import ConfigError
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """A JSON object; ConfigError if the file is missing (unless missing_ok) or something else."""
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def directory(path: str) -> Path:
+    """The path with ~ replaced, if it names a user that there is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for users that there aren't
+
+
+def parse_module(text: str) -> tuple[str, Path]:
+    """NAME=DIRECTORY, or the JSON object {"name": ..., "path": ...} that vLLM takes too."""
+    if text.lstrip().startswith("{"):
+        try:
+            module = json.loads(text)
+        except ValueError:
+            module = {}
+        name, path = module.get("name"), module.get("path")
+    else:
+        name, _, path = text.partition("=")
+    if not (isinstance(name, str) and isinstance(path, str) and name and path):
+        raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
+    return name, directory(path)
