@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from headrace.config import ConfigError
-from headrace.lora.adapter import Adapter, BaseTensor
+from headrace.lora.adapter import Adapter
 from headrace.lora.loader import Files, Loader, Stamp
 from headrace.lora.memory import LoraMemory, Placement, Sizes, sizes_of
 
@@ -76,7 +76,7 @@ class LoraPool(Generic[R]):
     Whatever goes wrong in a load is told to those who wait for it, and is not the engine's end.
     """
 
-    def __init__(self, memory: LoraMemory, base: BaseTensor, max_cpu_loras: int) -> None:
+    def __init__(self, memory: LoraMemory, loader: Loader, max_cpu_loras: int) -> None:
         self.memory = memory
         self.names: dict[str, Lora[R]] = {}
         self.resident: list[Lora[R]] = []  # on the device or on their way to it
@@ -86,7 +86,7 @@ class LoraPool(Generic[R]):
         self._free_slots = list(range(memory.num_slots))
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
         self._in_cpu: list[Lora[R]] = []
-        self._loader = Loader(memory, base)
+        self._loader = loader
         self._reads: dict[str, tuple[Path, Future[tuple[Stamp, Adapter]]]] = {}
         self._copies: dict[Lora[R], Future[Adapter]] = {}
         self._keeps: dict[Lora[R], Future[Adapter]] = {}
