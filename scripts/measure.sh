@@ -28,7 +28,11 @@ tests() {
   return $ok
 }
 kernels() { headrace bench kernels --out "$out"; }
-tune() { headrace bench tune --out "$out"; headrace bench tune-linear --out "$out"; }
+tune() {
+  headrace bench tune-launches --out "$out"
+  headrace bench tune --out "$out"
+  headrace bench tune-linear --out "$out"
+}
 engine=(--max-num-seqs 128 --max-num-batched-tokens 8192 --no-enable-prefix-caching)
 latency() { checkpoint; headrace bench latency "$MODEL" "${engine[@]}" --csv "$out/latency.csv"; }
 profile() {
