@@ -27,8 +27,8 @@ from headrace.lora.targets import model_sites
 from headrace.models.config import parse_config
 from headrace.models.gpt_oss import GptOss
 from headrace.models.gpt_oss_weights import read_gpt_oss, tensor_shapes
-from headrace.models.hollow import Zeros, one_layer_of_each_kind
 from tests import fake_gpu
+from tests.hollow import Zeros, one_layer_of_each_kind
 
 SEQS, TOKENS, RANK = 100, 2048, 64
 fake_gpu.install()

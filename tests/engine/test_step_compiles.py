@@ -28,8 +28,8 @@ from headrace.engine.warmup import warm_up
 from headrace.models.config import parse_config
 from headrace.models.gpt_oss import GptOss
 from headrace.models.gpt_oss_weights import read_gpt_oss, tensor_shapes
-from headrace.models.hollow import Zeros, one_layer_of_each_kind
 from tests import fake_gpu
+from tests.hollow import Zeros, one_layer_of_each_kind
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 gpu = fake_gpu.install()

@@ -103,3 +103,9 @@ def test_a_taken_port_is_known_before_loading(model_dir: Path) -> None:
 def test_an_unknown_host() -> None:
     with pytest.raises(ConfigError, match="--host nowhere"):
         bind(ServerConfig(host="nowhere.invalid", port=0))
+
+
+def test_the_server_needs_no_torch() -> None:
+    """Its own process starts sooner, and is smaller, than the engine's."""
+    script = "import sys, headrace.server.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

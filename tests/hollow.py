@@ -1,18 +1,15 @@
-"""A model of zeros that launches the kernels of a checkpoint's, at once and in little memory."""
+"""A checkpoint of zeros, for tests that look at launches and not at numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headrace.models.config import GptOssConfig, read_config
-from headrace.models.gpt_oss import GptOss
-from headrace.models.gpt_oss_weights import Shapes, has_packed_experts, read_gpt_oss, tensor_shapes
-from headrace.models.weights import Checkpoint
+from headrace.models.config import GptOssConfig
+from headrace.models.gpt_oss_weights import Shapes
 
 
 class Zeros:
@@ -30,18 +27,6 @@ class Zeros:
         is_packed = name.endswith(("_blocks", "_scales"))
         dtype = torch.uint8 if is_packed else torch.bfloat16
         return torch.zeros(self._shapes[name], dtype=dtype, device=self._device)
-
-
-def hollow_model(path: Path, device: torch.device) -> GptOss:
-    """The model of a checkpoint's directory with one layer of each kind, in the GPU's layout.
-
-    Its kernels can be compiled while the weights of the true one are read. Raises ConfigError as
-    `load_model` does for a config.json or a file that can't be read.
-    """
-    config = one_layer_of_each_kind(read_config(path))
-    is_mxfp4 = has_packed_experts(Checkpoint(path))
-    zeros = Zeros(tensor_shapes(config, is_mxfp4), device)
-    return GptOss(config, read_gpt_oss(config, zeros, is_mxfp4, torch.bfloat16, gpu_layout=True))
 
 
 def one_layer_of_each_kind(config: GptOssConfig) -> GptOssConfig:
