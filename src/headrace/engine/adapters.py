@@ -12,6 +12,7 @@ from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from headrace.engine.request import Request, RequestError
 from headrace.engine.staging import Staging
 from headrace.files import directory, parse_module
+from headrace.lora import check
 from headrace.lora.adapter import AdapterNotFoundError
 from headrace.lora.loader import Loader
 from headrace.lora.memory import LoraMemory, full_size
@@ -40,6 +41,11 @@ class Adapters:
         elif modules:
             raise ConfigError("--lora-modules needs --enable-lora")
         self._modules = modules
+
+    def dry_run(self) -> None:
+        """Launch every kernel of the self-checks, for whoever watches."""
+        if self.weights is not None:
+            check.dry_run(self.weights)
 
     def load_modules(self) -> None:
         """Load the adapters of --lora-modules.

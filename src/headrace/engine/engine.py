@@ -90,9 +90,10 @@ class Engine:
         self._iteration_tokens: list[int] = []
 
     def _dry_run(self) -> None:
-        """Launch every kernel of steps and of sampling, for whoever watches."""
+        """Launch every kernel of steps, of sampling and of checks, for whoever watches."""
         self.runner.dry_run()
         self.sampler.dry_run()
+        self.adapters.dry_run()
 
     def _make_cache(self) -> None:
         """Pages for all the memory that is left, and the runner that fills them."""

@@ -12,7 +12,8 @@ from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter
 from headrace.lora.factors import Factors
 from headrace.lora.rows import row_arrays
-from headrace.lora.targets import EMBEDDING, Site
+from headrace.lora.targets import Site
+from headrace.ops.dispatch import takes_kernel
 from headrace.ops.lora import (
     LoraRows,
     LoraSite,
@@ -20,6 +21,7 @@ from headrace.ops.lora import (
     add_expert_lora,
     add_lora,
     add_lora_embedding,
+    own_parts,
 )
 
 ROWS = 4  # the last one has no adapter, and must stay as it is
@@ -32,14 +34,11 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
 
     Returns a line for the log. Raises ConfigError naming the target that is worst, if it is wrong.
     """
-    found = [weights.embedding, *(s for layer in weights.layers for s in vars(layer).values())]
     errors: dict[str, float] = {}
-    for site, targets in zip([*found, weights.lm_head], sites, strict=True):
+    for site, targets in zip(sites_of(weights), sites, strict=True):
         factors = [adapter.factors.get(t.key) for t in targets.targets]
         if any(factors):
-            got, expected = site_deltas(
-                site, weights, factors, slot, targets.targets[0].key == EMBEDDING
-            )
+            got, expected = site_deltas(site, weights, factors, slot)
             errors |= errors_of(got, expected, targets, site.widths)
     worst = max(errors, key=lambda key: errors[key])
     tolerance = TOLERANCE[weights.memory.dtype]
@@ -49,33 +48,50 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
     return text
 
 
+def dry_run(weights: LoraWeights) -> None:
+    """Launch what checks launch, for whoever compiles kernels before they are needed."""
+    kinds = {(s.in_features, s.widths, s.num_experts): s for s in sites_of(weights)}
+    for site in kinds.values():
+        site_deltas(site, weights, [None] * len(site.widths), slot=0)
+
+
+def sites_of(weights: LoraWeights) -> list[LoraSite]:
+    """In the order of `headrace.lora.targets.model_sites`."""
+    layers = (site for layer in weights.layers for site in vars(layer).values())
+    return [weights.embedding, *layers, weights.lm_head]
+
+
 def site_deltas(
     site: LoraSite,
     weights: LoraWeights,
     factors: Sequence[Factors | None],  # of each segment
     slot: int,
-    is_embedding: bool,
 ) -> tuple[Tensor, Tensor]:
     """What the ops add to zeros for a random x, and what they should: [ROWS, sum(widths)]."""
-    device, dtype = weights.memory.device, weights.memory.dtype
+    memory = weights.memory
+    device, dtype = memory.device, memory.dtype
     generator = torch.Generator().manual_seed(sum(site.widths))
     slots = np.array([slot] * (ROWS - 1) + [-1], dtype=np.int32)
     arrays = row_arrays(slots, site.rank.shape[1])
     rows = LoraRows(*(torch.from_numpy(array).to(device) for array in arrays))
-    y = torch.zeros(ROWS, sum(site.widths), dtype=dtype, device=device)
+    # logits are float32
+    y_dtype = torch.float32 if site is weights.lm_head else dtype
+    y = torch.zeros(ROWS, sum(site.widths), dtype=y_dtype, device=device)
+    # sized as in a step: other sizes would be other kernels
+    parts = own_parts(site, ROWS, device, weights.max_rank) if takes_kernel(y) else None
     experts = torch.randint(site.num_experts, (ROWS,), generator=generator)
-    if is_embedding:
+    if site is weights.embedding:
         tokens = torch.randint(site.in_features, (ROWS,), generator=generator)
         x = torch.nn.functional.one_hot(tokens, site.in_features).double()
-        add_lora_embedding(y, tokens.to(device), site, weights.memory, rows)
+        add_lora_embedding(y, tokens.to(device), site, memory, rows, parts)
     else:
         x = torch.randn(ROWS, site.in_features, generator=generator).to(dtype).double()
         on_device = x.to(device, dtype)
         if site.num_experts > 1:
             where = experts.to(device), rows.slot_of_row
-            add_expert_lora(y, on_device, *where, site, weights.memory)
+            add_expert_lora(y, on_device, *where, site, memory, parts)
         else:
-            add_lora(y, on_device, site, weights.memory, rows)
+            add_lora(y, on_device, site, memory, rows, parts)
     pairs = zip(factors, site.widths, strict=True)
     expected = torch.cat([reference(x, experts, f, width) for f, width in pairs], dim=1)
     expected[ROWS - 1] = 0

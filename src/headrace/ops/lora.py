@@ -224,6 +224,7 @@ def add_expert_lora(
     slot_of_row: Tensor,  # [num_pairs] int32, -1: none
     site: LoraSite,
     memory: Tensor,
+    parts: Tensor | None = None,  # from own_parts, on the GPU
 ) -> Tensor:
     """y += scale (x A_e^T) B_e with the expert and the adapter of each row. Returns y.
 
@@ -233,7 +234,7 @@ def add_expert_lora(
     if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_expert_lora_kernel
 
-        parts = own_parts(site, len(y), memory.device)
+        parts = own_parts(site, len(y), memory.device) if parts is None else parts
         return add_expert_lora_kernel(y, x, expert_of_row, slot_of_row, site, memory, parts)
     pairs = torch.stack((slot_of_row.long(), expert_of_row), dim=1)
     for slot, expert in pairs[slot_of_row >= 0].unique(dim=0).tolist():
@@ -245,14 +246,17 @@ def add_expert_lora(
     return y
 
 
-def own_parts(site: LoraSite, num_rows: int, device: torch.device) -> Tensor:
-    """A buffer outside any arena; asks the device for the largest rank."""
+def own_parts(
+    site: LoraSite, num_rows: int, device: torch.device, max_rank: int | None = None
+) -> Tensor:
+    """A buffer outside any arena; without max_rank it asks the device for the largest."""
     from headrace.ops.lora_kernel import low_rank_parts
 
     def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
-    return low_rank_parts(take, len(site.widths), num_rows, int(site.rank.max()))
+    max_rank = int(site.rank.max()) if max_rank is None else max_rank
+    return low_rank_parts(take, len(site.widths), num_rows, max_rank)
 
 
 def _rows_of_slots(rows: LoraRows) -> Iterator[tuple[int, Tensor]]:
