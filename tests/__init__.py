@@ -1,0 +1,1 @@
+"""A package, lest one of that name in site-packages is imported instead."""
