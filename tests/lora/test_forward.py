@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headrace.cli import BUNDLED_MODEL
+from headrace.lora.check import site_deltas
 from headrace.models import Model, load_model
 from headrace.ops import dispatch
 from tests.checkpoints import random_checkpoint
@@ -138,6 +139,10 @@ def test_the_kernels_add_what_the_reference_adds(
         rows = {0: TOKENS[:9], 1: TOKENS[9:12]}
         found.append(PagedSequences(adapted, 2, block_size=8).step(rows, [8, 11]).clone())
         monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    weights = adapted.memory.weights
+    factors = [adapter.factors["model.layers.0.mlp.experts.down_proj"]]  # the check's own kernels
+    delta, reference = site_deltas(weights.layers[0].down, weights, factors, 0)
+    assert (delta - reference).abs().max() < 5e-3 * reference.abs().max()
     monkeypatch.undo()
     expected, got = found
     assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()

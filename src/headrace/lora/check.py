@@ -13,7 +13,7 @@ from headrace.lora.adapter import Adapter
 from headrace.lora.factors import Factors
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import Site
-from headrace.ops.dispatch import takes_kernel
+from headrace.ops import dispatch
 from headrace.ops.lora import (
     LoraRows,
     LoraSite,
@@ -78,7 +78,7 @@ def site_deltas(
     y_dtype = torch.float32 if site is weights.lm_head else dtype
     y = torch.zeros(ROWS, sum(site.widths), dtype=y_dtype, device=device)
     # sized as in a step: other sizes would be other kernels
-    parts = own_parts(site, ROWS, device, weights.max_rank) if takes_kernel(y) else None
+    parts = own_parts(site, ROWS, device, weights.max_rank) if dispatch.takes_kernel(y) else None
     experts = torch.randint(site.num_experts, (ROWS,), generator=generator)
     if site is weights.embedding:
         tokens = torch.randint(site.in_features, (ROWS,), generator=generator)
