@@ -15,7 +15,7 @@ import torch
 
 from headrace.bench.synth import SIZES, write_synthetic
 from headrace.cli import BUNDLED_MODEL
-from headrace.config import EngineConfig
+from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
 from tests.engine.toy_model import run
@@ -110,6 +110,12 @@ def test_in_the_last_pages_of_a_large_cache(checkpoint: Path, alone: list) -> No
         outputs += engine.step()
     assert answer(outputs) == alone
     assert full[:, -1].any()
+
+
+def test_memory_that_is_not_there_is_told_with_its_flag(checkpoint: Path) -> None:
+    for flag, value in (("kv_cache_memory", 160 << 30), ("max_num_batched_tokens", 1 << 21)):
+        with pytest.raises(ConfigError, match=f"lower --{flag.replace('_', '-')}"):
+            make_engine(checkpoint, **{flag: value})
 
 
 def test_logits_are_near_transformers(checkpoint: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from headrace.config import EngineConfig
+from headrace.config import ConfigError, EngineConfig
 from headrace.engine.adapters import Adapters
 from headrace.engine.cache_size import cache_memory, page_bytes, plan_cache
 from headrace.engine.kv_cache import KVCache
@@ -65,12 +66,14 @@ class Engine:
             if on_gpu:  # on the CPU memory is taken as it is needed
                 rows = max(config.max_num_batched_tokens, config.max_num_seqs)
                 max_rank = config.max_lora_rank if config.enable_lora else 0
-                self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
+                with memory_for(f"a step of {rows} tokens", "--max-num-batched-tokens"):
+                    self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
             self.adapters = Adapters(config, self.model)
         with phases("cache"):
             vocab_size = self.model.config.vocab_size
             self.sampler = Sampler(vocab_size, config.max_num_seqs, self.model.device)
-            self._make_cache()
+            with memory_for("the KV cache", "--kv-cache-memory"):
+                self._make_cache()
         warmed = WarmUp(0, 0, 0.0)
         if on_gpu:
             with phases("kernels"):
@@ -288,6 +291,19 @@ class Engine:
         """Assert that every page is held by a running request, or free."""
         self.cache.check(self.scheduler.running)
         assert all(not request.block_tables for request in self.scheduler.waiting)
+
+
+@contextmanager
+def memory_for(what: str, flag: str) -> Iterator[None]:
+    """Raise ConfigError, naming the flag to lower, where the device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, _ = torch.cuda.mem_get_info()
+        raise ConfigError(
+            f"{what} does not fit into the {free / 1e9:.1f} GB that are free on the GPU; "
+            f"lower {flag}"
+        ) from None
 
 
 def output_rows(
