@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -137,12 +136,3 @@ def test_loads_that_are_refused(
     assert response.status_code == status, response.text
     assert text in response.json()["error"]["message"]
     assert [c["id"] for c in http.get("/v1/models").json()["data"]] == list(SKILLS)
-
-
-def test_without_enable_lora(tmp_path: Path) -> None:
-    with LiveServer(BUNDLED_MODEL) as live, httpx.Client(base_url=live.url) as client:
-        body = {"lora_name": "x", "lora_path": str(ADAPTERS / "reverse")}
-        response = client.post("/v1/load_lora_adapter", json=body)
-        assert response.status_code == 400
-        assert "--enable-lora" in response.json()["error"]["message"]
-        assert "vllm:lora_requests_info{" not in client.get("/metrics").text

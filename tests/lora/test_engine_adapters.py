@@ -226,6 +226,9 @@ def test_errors_of_loads_name_the_adapter(checkpoint: Path, model: Model, tmp_pa
         Engine(EngineConfig(enable_lora=True, lora_modules=("ab",)), model=model)
     [refusal] = run(engine, ask("1", PROMPTS[0], "x"))["1"]
     assert refusal.finish_reason == "error"
+    plain = Engine(EngineConfig(kv_cache_memory=8 << 20), model=model)
+    assert "without --enable-lora" in str(change(plain, LoadAdapter("x", str(low))).error)
+    assert plain.ready.max_loras == 0
 
 
 def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
