@@ -498,17 +498,19 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     num_slots = site.rank.shape[1]
     block_r = _shrink_tile(work.num_blocks * num_segments * num_parts, max_rank)
     rank_tiles = triton.cdiv(max_rank, block_r)
+    grid = (work.num_blocks, num_segments * rank_tiles, num_parts)
+    block_k = 128 if block_r == 16 and work.block_m <= 64 else 64
+    if block_k == 128 and math.prod(grid) <= 132:
+        block_k = 256  # one program an SM: a slice of 768 in three steps, all under way at once
     early = _early(x)
-    shrink_kernel[(work.num_blocks, num_segments * rank_tiles, num_parts)](
+    shrink_kernel[grid](
         x, memory, site.a, site.b, site.rank, site.scale, parts,
         work.order, work.table, work.slot_of_token, num_rows, num_slots, site.in_features, max_rank,
         WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
         SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts, WHOLE=num_parts == 1,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
-        BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r,
-        # a slice of 768 in three steps, all under way at once
-        BLOCK_K=256 if block_r == 16 and work.block_m <= 64 else 64,
+        BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k,
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
         EARLY=early, num_warps=4 if work.block_m <= 64 else 8, num_stages=3, launch_pdl=early,
     )  # fmt: skip
