@@ -189,9 +189,12 @@ class LoraPool(Generic[R]):
         if not self._wanted and self._free_slots and self._place(lora):
             self._announced.add(lora)
             self._begin_copy(lora)
-        else:
+            return
+        if len(self._in_cpu) + len(self._keeps) < self._max_cpu_loras:
             self._begin_keep(lora, adapter)
-            self._announce(lora, news)
+        else:
+            lora.adapter = None  # it stays on disk until it is wanted
+        self._announce(lora, news)
 
     def _check_size(self, num_elements: int) -> None:
         if num_elements > self._capacity:
