@@ -52,11 +52,6 @@ class Adapter:
         """A copy that the file's fate doesn't touch; with pin, in pinned memory."""
         return replace(self, factors={key: f.owned(pin) for key, f in self.factors.items()})
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all factors."""
-        return sum(factors.num_bytes for factors in self.factors.values())
-
 
 @dataclass
 class _Pair:

@@ -64,11 +64,6 @@ class Factors:
         """Rank-1 terms of each expert."""
         return self.a.shape[1]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of both factors, in the file's dtype."""
-        return self.a.nbytes + self.b.nbytes
-
     def owned(self, pin: bool) -> Factors:
         """A copy in memory of its own, in the same order of bytes; with pin, in pinned memory."""
         a, b = (t.pin_memory() if pin else t.clone() for t in (self.a, self.b))

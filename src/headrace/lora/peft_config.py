@@ -47,7 +47,6 @@ class PeftConfig:
     target_parameters: tuple[str, ...]
     exclude_modules: tuple[str, ...] | str
     layers_to_transform: tuple[int, ...]  # (): all
-    base_model: str
 
     def rank(self, key: str) -> int:
         """The rank of a module or parameter: of the first pattern that matches its name, or r."""
@@ -86,7 +85,6 @@ def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
         target_parameters=tuple(raw.get("target_parameters") or ()),
         exclude_modules=_names_field(raw, "exclude_modules"),
         layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()),
-        base_model=str(raw.get("base_model_name_or_path") or ""),
     )
 
 
