@@ -500,7 +500,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     rank_tiles = triton.cdiv(max_rank, block_r)
     grid = (work.num_blocks, num_segments * rank_tiles, num_parts)
     block_k = 128 if block_r == 16 and work.block_m <= 64 else 64
-    if block_k == 128 and math.prod(grid) <= 132:
+    if block_k == 128 and math.prod(grid) <= 132 and work.num_blocks <= FEW_BLOCKS:
         block_k = 256  # one program an SM: a slice of 768 in three steps, all under way at once
     early = _early(x)
     shrink_kernel[grid](
