@@ -44,11 +44,30 @@ def in_gpu_layout(weights: MoEWeights) -> MoEWeights:
 @pytest.mark.parametrize("name", variants())
 def test_interpreted_layer(name: str) -> None:
     layer = variants()[name]
-    h = torch.randn(20, 160, generator=torch.Generator().manual_seed(1))
+    h = torch.randn(9, 160, generator=torch.Generator().manual_seed(1))
     out = torch.full_like(h, float("nan"))
-    got = moe_layer_kernel(h, in_gpu_layout(layer), own_buffers(20, layer, "cpu"), out)
+    got = moe_layer_kernel(h, in_gpu_layout(layer), own_buffers(9, layer, "cpu"), out)
     assert got is out
     torch.testing.assert_close(got.double(), exact_layer(h, layer), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    layer = in_gpu_layout(variants()["gpt-oss"])
+    h, buffers = torch.zeros(5, 160), own_buffers(5, layer, "cpu")
+    narrow = torch.zeros(5, 96)
+    fewer = replace(layer, experts=replace(layer.experts, down=layer.experts.down.expert(0)))
+    plain = variants()["gpt-oss"]
+    wrong_calls = {
+        r"out has shape \(5, 159\)": (h, layer, buffers, h[:, 1:].contiguous()),
+        r"out is torch.float64; pass torch.float32": (h, layer, buffers, h.double()),
+        r"router weight has shape \(6, 160\)": (narrow, layer, buffers, narrow),
+        r"buffers.normed has shape \(5, 160\)": (h[:4], layer, buffers, h[:4]),
+        r"down has 1 experts; the router has 6": (h, fewer, buffers, h),
+        r"the experts are a MXFP4Weight; make a PreparedMXFP4": (h, plain, buffers, h),
+    }  # fmt: skip
+    for message, arguments in wrong_calls.items():
+        with pytest.raises(ValueError, match=message):
+            moe_layer_kernel(*arguments)
 
 
 class GpuLayer:

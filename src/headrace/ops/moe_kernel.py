@@ -22,6 +22,7 @@ from headrace.ops.lora import MoELora, own_parts
 from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
+from headrace.ops.sort_kernel import check_tensor
 from headrace.ops.tiles import MoETiles, Problem, choose
 
 
@@ -32,7 +33,9 @@ def moe_layer_kernel(
     out: Tensor,  # [num_tokens, hidden]
     lora: MoELora | None = None,
 ) -> Tensor:
-    """out = h + sum_k weight_k expert_k(rms_norm(h))."""
+    """out = h + sum_k weight_k expert_k(rms_norm(h)). Raises ValueError for what does not fit."""
+    _check(weights)
+    check_tensor("out", out, h.shape, h.dtype)
     ids, counters = buffers.routing.expert_ids, buffers.sum_counters
     everyone = range(weights.num_experts)
     _route(h, weights, buffers, lora)
@@ -108,6 +111,13 @@ def choose_tiles(num_slots: int, weights: MoEWeights) -> MoETiles:
         gpu = triton.runtime.driver.active.utils.get_device_properties(device.index)
         problem = replace(problem, shared_memory=gpu["max_shared_mem"])
     return choose(problem)
+
+
+def _check(weights: MoEWeights) -> None:
+    for name in ("gate_up", "down"):
+        held = _in_gpu_layout(getattr(weights.experts, name)).num_experts
+        if held != weights.num_experts:
+            raise ValueError(f"{name} has {held} experts; the router has {weights.num_experts}")
 
 
 def _in_gpu_layout(weight: ExpertWeight) -> KernelWeight:
