@@ -52,9 +52,9 @@ STEP = {
     "linear_kernel": 1,  # LM head
 }
 # What adapters add, however many: x A^T is a launch of its own, and so is its product with B
-# beside q, k, v, the output and the router, which is therefore cut in two; for the experts it is in
-# their matmuls.
-LORA_LAYER = {"shrink_kernel": 5, "expand_kernel": 3, "choose_kernel": 1}
+# beside q, k, v and the output; for the experts it is in their matmuls. The router is cut in two,
+# and its second half has all of its adapters.
+LORA_LAYER = {"shrink_kernel": 4, "expand_kernel": 2, "choose_kernel": 1}
 LORA_STEP = {
     "embedding_shrink_kernel": 1,
     "shrink_kernel": 1,  # LM head
