@@ -507,7 +507,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         x, memory, site.a, site.b, site.rank, site.scale, parts,
         work.order, work.table, work.slot_of_token, num_rows, num_slots, site.in_features, max_rank,
         WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
-        SLOTS=triton.next_power_of_2(num_slots), RANK_TILES=rank_tiles,
+        SLOTS=_padded_slots(work, num_slots), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts, WHOLE=num_parts == 1,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
         BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k,
@@ -534,11 +534,16 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
             y, memory, site.b, site.rank, site.scale, parts, work.order, work.table,
             work.slot_of_token, num_rows, num_slots, max_rank, y.stride(0),
             WIDTHS=site.widths, ALIGN=_align(site), EXPERTS=work.experts,
-            SLOTS=triton.next_power_of_2(num_slots), NUM_PARTS=len(parts),
+            SLOTS=_padded_slots(work, num_slots), NUM_PARTS=len(parts),
             BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(parts, block_m),
             EARLY=early, num_warps=4 if block_m <= 64 else 8, launch_pdl=early,
         )  # fmt: skip
     return y
+
+
+def _padded_slots(work: _Work, num_slots: int) -> int:
+    """How many starts a program reads: blocks of experts need none."""
+    return 1 if work.experts else triton.next_power_of_2(num_slots)
 
 
 def _one_part(parts: Tensor, dtype: torch.dtype) -> Tensor:
