@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headrace.ops.arena import ALIGNMENT, Arena, ArenaSize, Take
+from headrace.ops.arena import ALIGNMENT, Arena, ArenaSize, Take, fresh
 
 SHAPES = [((3, 5), torch.bfloat16), ((0, 7), torch.float32), ((2, 2), torch.int64)]
 
@@ -35,3 +35,9 @@ def test_too_much() -> None:
     arena.take((8,), torch.float32)
     with pytest.raises(MemoryError, match=r"shape \(40,\) needs 296 bytes .* has 64"):
         arena.take((40,), torch.uint8)
+
+
+def test_fresh_tensors_are_their_own() -> None:
+    got = take_all(fresh("cpu")) + take_all(fresh("cpu"))
+    assert [(tuple(t.shape), t.dtype) for t in got] == SHAPES * 2
+    assert len({t.data_ptr() for t in got if t.numel()}) == 4

@@ -53,5 +53,14 @@ class ArenaSize:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
+def fresh(device: torch.device | str) -> Take:
+    """Tensors of their own, outside any arena."""
+
+    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    return take
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace.ops import dispatch
-from headrace.ops.arena import Take
+from headrace.ops.arena import Take, fresh
 from headrace.ops.experts import Experts, moe
 from headrace.ops.lora import MoELora
 from headrace.ops.norm import rms_norm
@@ -108,8 +107,5 @@ def own_buffers(
     tiles: MoETiles | None = None,
 ) -> MoEBuffers:
     """Buffers outside any arena."""
-
-    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
-    return moe_buffers(take, num_tokens, weights, routing_counters(num_tokens, device), tiles)
+    counters = routing_counters(num_tokens, device)
+    return moe_buffers(fresh(device), num_tokens, weights, counters, tiles)

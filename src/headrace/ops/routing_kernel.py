@@ -8,14 +8,13 @@ the last one to finish adds them up; beyond, one program takes all slices of its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops.arena import fresh
 from headrace.ops.lora import MoELora
 from headrace.ops.lora_kernel import adapters_of_rows, add_low_rank_at_once
 from headrace.ops.routing import (
@@ -43,13 +42,9 @@ def allocate(
     num_local: int | None = None,
 ) -> RoutingBuffers:
     """Buffers of their own for one problem."""
-
-    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
     counters = routing_counters(num_tokens, device)
     return routing_buffers(
-        take, counters, num_tokens, hidden, num_experts, top_k, block_m, dtype, num_local
+        fresh(device), counters, num_tokens, hidden, num_experts, top_k, block_m, dtype, num_local
     )
 
 
