@@ -69,7 +69,7 @@ LORA_STEP = {
 LORA_ALLOCATIONS = [name for name in LORA_STEP if name.startswith("aten::")]  # to be none
 GREEDY = {"best_kernel": 1, "argmax_kernel": 1}
 DRAWN = GREEDY | {"masses_kernel": 1, "draw_kernel": 1}
-FILTERED = DRAWN | {"levels_kernel": 1, "candidates_kernel": 1, "search_kernel": 1}
+FILTERED = DRAWN | {"levels_kernel": 2, "candidates_kernel": 1, "search_kernel": 1}
 SAMPLE = {"greedy": GREEDY, "drawn": DRAWN, "top_k and top_p": FILTERED}
 # Bytes that a decode step must move at 512 tokens of context, by headrace.bench.floors.
 STEP_GB = {1: 3.72, 16: 11.64, 128: 14.61}

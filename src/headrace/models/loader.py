@@ -56,12 +56,16 @@ def load_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {device}; it must be auto, cpu or cuda")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype is {dtype}; it must be auto or {' or '.join(_DTYPES)}")
     if device != "cpu" and dtype == "float32":
         raise ConfigError("--dtype float32 needs --device cpu; the GPU computes in bfloat16")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {device}, but torch finds no GPU; give --device cpu")
     config = read_config(path)
     if device == "cpu":
         weights = load_gpt_oss(config, Checkpoint(path, None, progress), _DTYPES[dtype], False)
