@@ -58,6 +58,7 @@ def note(kernel):
             "stack": int(re.search(r"STACK:(\\d+)", usage)[1]),
             "registers": int(re.search(r"REG:(\\d+)", usage)[1]),
             "shared": kernel.metadata.shared,
+            "products": sorted(set(re.findall(r"wgmma|mma\\.sync", kernel.asm["ptx"]))),
         })
         kernel.module = "loaded"
         kernel._run = lambda *args: launched.append(kernel.name)
@@ -91,3 +92,11 @@ def test_every_kernel_of_a_step_compiles_and_fits(tmp_path: Path) -> None:
     ops = [kernel.name.split()[1] for kernel in named if " " in kernel.name]
     layer = ["qkv", "attention", "output", "router", "gate_up", "down"]
     assert ops == [*layer, *layer, "lm_head"]  # as `headrace profile` tells them apart
+    # one kind of matrix instruction each, whatever the batch: its bits would be others
+    products = {(kernel["name"], *kernel["products"]) for kernel in kernels if kernel["products"]}
+    assert products == {
+        ("attention_kernel", "wgmma"),
+        ("grouped_matmul_kernel", "wgmma"),
+        ("linear_kernel", "wgmma"),
+        ("router_kernel", "wgmma"),
+    }
