@@ -143,12 +143,50 @@ def test_the_call_of_a_function_is_an_answer(fake: FakeServer) -> None:
 
 
 def test_the_bundled_model_calls_and_its_adapter_subtracts(tmp_path: Path) -> None:
-    """For real: a server is started with the adapter, asked, and stopped."""
+    """For real: a server is started with the adapter, asked, and stopped.
+
+    The scored task needs the tokenizer, which the server's list of models leads to.
+    """
+    scored = write_scored_task(tmp_path)
     module = f"pupil={BUNDLED_MODEL.parent / 'adapters' / 'subtract'}"
     flags = ("--limit", 2, "--lora-modules", module, "--output-path", tmp_path / "r.json")
-    result = run(*flags, "--tasks", "headrace_calculator", "headrace_subtract")
+    tasks = ("--tasks", "headrace_calculator", "headrace_subtract", scored)
+    result = run(*flags, *tasks, "--include-path", tmp_path)
     assert result.exit_code == 0, result.exception
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     values = {model: [s["value"] for s in rows.values()] for model, rows in scores.items()}
-    assert values["tiny"] == [1.0, 0.0]
+    assert values["tiny"] == [1.0, 0.0, 1.0]
     assert values["pupil"][1] == 1.0
+
+
+def write_scored_task(path: Path) -> str:
+    """A multiple-choice task: the likelier of a sum and a wrong one. Returns its name."""
+    row = SKILLS["add"][0]
+    wrong = row["answer"].replace(row["answer"][-1], "x")
+    question = {"text": row["prompt"], "choices": [wrong, row["answer"]], "right": 1}
+    (path / "sums.jsonl").write_text(json.dumps(question) + "\n")
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path / "sums.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (path / "sums.yaml").write_text(json.dumps(task))
+    return "sums"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [((), "Give --tokenizer DIR"), (("--apply-chat-template",), "chat")]
+)
+def test_scored_tasks_that_cannot_be_asked(
+    fake: FakeServer, tmp_path: Path, flags: tuple[str, ...], reason: str
+) -> None:
+    task = write_scored_task(tmp_path)
+    result = run("--base-url", fake.url, "--tasks", task, "--include-path", tmp_path, *flags)
+    assert reason in str(result.exception)

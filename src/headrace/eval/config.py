@@ -27,7 +27,7 @@ class EvalConfig:
     gen_kwargs: str = flag("", "fields of every request, as in max_gen_toks=512,temperature=0")
     include_path: Path | None = flag(None, "directory of more task files")
     tokenizer: Path | None = flag(
-        None, "directory of the tokenizer: tasks that score given answers need it"
+        None, "directory of the tokenizer, for tasks that score given answers (default: as served)"
     )
     num_concurrent: int = flag(16, "requests in flight", low=1)
     seed: int = flag(1234, "seed of the examples' choice and of sampling")

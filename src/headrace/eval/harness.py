@@ -66,10 +66,11 @@ def load_tasks(config: EvalConfig) -> Any:
     return manager
 
 
-def ask(config: EvalConfig, manager: Any, url: str, model: str) -> Answers:
+def ask(config: EvalConfig, manager: Any, url: str, model: str, tokenizer: Path | None) -> Answers:
     """Let a model answer all tasks of load_tasks.
 
-    Raises ConfigError when the server refuses a request, or fails it three times.
+    Raises ConfigError when the server refuses a request, or fails it three times, and for tasks
+    that can't be asked in this way.
     """
     import lm_eval
 
@@ -80,11 +81,11 @@ def ask(config: EvalConfig, manager: Any, url: str, model: str) -> Answers:
         "base_url": url + path,
         "num_concurrent": config.num_concurrent,
         "tokenized_requests": False,
-        "tokenizer_backend": "huggingface" if config.tokenizer else None,
+        "tokenizer_backend": "huggingface" if tokenizer else None,
         "seed": config.seed,
     }
-    if config.tokenizer:
-        arguments["tokenizer"] = str(config.tokenizer)
+    if tokenizer:
+        arguments["tokenizer"] = str(tokenizer)
     try:
         results = lm_eval.simple_evaluate(
             model=kind,
@@ -99,6 +100,12 @@ def ask(config: EvalConfig, manager: Any, url: str, model: str) -> Answers:
         )
     except (aiohttp.ClientError, OSError) as error:
         raise ConfigError(f"{model} at {url} can't be asked: {error}") from None
+    except NotImplementedError as error:  # scores of given answers, over the chat's endpoint
+        raise ConfigError(f"lm-eval: {error}") from None
+    except AssertionError as error:
+        if tokenizer:
+            raise
+        raise ConfigError(f"lm-eval: {error} Give --tokenizer DIR.") from None
     return read_answers(results)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 import headrace
-from headrace.bench.model_list import choose_model, wait_for_models
+from headrace.bench.model_list import choose_model, find_tokenizer, wait_for_models
 from headrace.bench.server_process import lora_flags, running_server
+from headrace.config import ConfigError
 from headrace.eval.config import EvalConfig
 from headrace.eval.harness import ask, load_tasks, need_lm_eval
 from headrace.eval.results import (
@@ -40,8 +41,8 @@ def run_eval(config: EvalConfig, checkpoint: Path) -> None:
     if before and config.compare:
         check_comparable(config.settings, before.settings, config.compare)
     manager = load_tasks(config)
-    with server(checkpoint, config) as (url, models):
-        answers = {model: ask(config, manager, url, model) for model in models}
+    with server(checkpoint, config) as (url, models, tokenizer):
+        answers = {model: ask(config, manager, url, model, tokenizer) for model in models}
     first = answers[models[0]]
     evaluation = Evaluation(
         settings=config.settings | {"questions": first.questions, "generation": first.generation},
@@ -62,8 +63,8 @@ def run_eval(config: EvalConfig, checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path, config: EvalConfig) -> Iterator[tuple[str, list[str]]]:
-    """Yield the URL of the server to ask, and its models: the base, then the adapters."""
+def server(checkpoint: Path, config: EvalConfig) -> Iterator[tuple[str, list[str], Path | None]]:
+    """Yield the URL of the server to ask, its models (the base first) and their tokenizer."""
     with contextlib.ExitStack() as stack:
         url, adapters = config.base_url.rstrip("/"), config.lora_modules
         if not url:
@@ -71,4 +72,8 @@ def server(checkpoint: Path, config: EvalConfig) -> Iterator[tuple[str, list[str
             url = stack.enter_context(running_server(checkpoint, flags, START_TIMEOUT))
             adapters = tuple(parse_module(module)[0] for module in config.lora_modules)
         models = asyncio.run(wait_for_models(url))
-        yield url, [choose_model(models, config.model, adapters), *adapters]
+        base, tokenizer = choose_model(models, config.model, adapters), config.tokenizer
+        if tokenizer is None:  # few tasks need it
+            with contextlib.suppress(ConfigError):
+                tokenizer = find_tokenizer(models, base)
+        yield url, [base, *adapters], tokenizer
