@@ -22,6 +22,7 @@ from headrace.bench.cases_moe import (
 )
 from headrace.bench.exact_moe import exact_layer, relative_errors
 from headrace.lora.rows import row_arrays
+from headrace.ops.arena import fresh
 from headrace.ops.lora import (
     LoraBuffers,
     LoraLayer,
@@ -130,13 +131,10 @@ def make_case(step: Step, adapters: Sequence[Adapters], num_adapters: int) -> Lo
     num_slots = adapters[0].layer.qkv.rank.shape[1]
     max_rank = int(adapters[0].layer.qkv.rank.max())
 
-    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
     row = torch.arange(num_tokens)
     slots = row % max(num_adapters, 1)
     slots[(row % 4 == 3) | (num_adapters == 0)] = -1
-    buffers = lora_buffers(take, num_tokens, 1, TOP_K, max_rank)
+    buffers = lora_buffers(fresh(device), num_tokens, 1, TOP_K, max_rank)
     return LoraCase(step, adapters, rows_of(slots, num_slots, device), buffers)
 
 

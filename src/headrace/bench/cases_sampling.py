@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.bench.case import NUM_INPUTS, Case
 from headrace.bench.exact_sampling import draws_are_right
+from headrace.ops.arena import fresh
 from headrace.ops.sampling import Draws, SamplingBuffers, sample, sampling_buffers, top_logprobs
 
 OPS = ("sample", "top_logprobs")
@@ -118,11 +119,7 @@ def random_rows(kind: str, logits: Sequence[Tensor]) -> Rows:
     """Calls that choose one token of each row."""
     num_rows, vocab_size = logits[0].shape
     device = logits[0].device
-    buffers = sampling_buffers(
-        lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device=device),
-        num_rows,
-        vocab_size,
-    )
+    buffers = sampling_buffers(fresh(device), num_rows, vocab_size)
     rows = torch.arange(num_rows, device=device)
     params = KINDS[kind]
     if params is None:

@@ -16,6 +16,7 @@ from headrace.engine.sampling_inputs import SamplingInputs, is_early, sampling_i
 from headrace.engine.token_counts import TokenCounts
 from headrace.engine.transfer import Download, upload
 from headrace.ops import sampling
+from headrace.ops.arena import fresh
 
 
 def uniform(seed: int, index: int) -> float:
@@ -37,10 +38,7 @@ class Sampler:
         self._inputs = SamplingInputs()  # of that batch, without its random numbers
         self._buffers = None
         if device.type == "cuda":
-            self._buffers = sampling.sampling_buffers(
-                lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device=device),
-                max_num_seqs, vocab_size,
-            )  # fmt: skip
+            self._buffers = sampling.sampling_buffers(fresh(device), max_num_seqs, vocab_size)
 
     @torch.inference_mode()
     def prepare(self, requests: Sequence[Request]) -> SamplingInputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig
 from headrace.ops import dispatch
-from headrace.ops.arena import Arena, ArenaSize, Take
+from headrace.ops.arena import Arena, ArenaSize, Take, fresh
 from headrace.ops.attention import paged_attention
 from headrace.ops.embedding import embed, known
 from headrace.ops.linear import linear
@@ -174,12 +173,9 @@ class GptOss:
     def _step_buffers(self, num_tokens: int, num_outputs: int) -> StepBuffers:
         if self._arena is None:
             self._counters = routing_counters(num_tokens, self.device)
-            return self._buffers(self._allocate, num_tokens, num_outputs)
+            return self._buffers(fresh(self.device), num_tokens, num_outputs)
         self._arena.reset()
         return self._buffers(self._arena.take, num_tokens, num_outputs)
-
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def _buffers(self, take: Take, num_tokens: int, num_outputs: int) -> StepBuffers:
         config, dtype = self.config, self.dtype

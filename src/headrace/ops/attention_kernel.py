@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops import attention_plan
+from headrace.ops.arrival_kernel import arrive
 from headrace.ops.attention_plan import FIELDS, HEADER, AttentionPlan
 
 LOG2_E = 1.4426950408889634
@@ -75,16 +76,6 @@ def _merge(x, weight, split_x, split_weight):
 def _normalize(acc, total):
     """acc / total, a zero always as +0."""
     return tl.where(acc == 0.0, 0.0, acc) * (1.0 / total)
-
-
-@triton.jit
-def _arrive(counter_ptr, parts):
-    """Count this part in, after all its writes; true for the last, which zeroes the counter."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -316,7 +307,7 @@ def attention_kernel(
             acc_ptrs = part_acc_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
             tl.store(acc_ptrs, acc, mask=mask[:, None])
             counter = counters_start + tl.load(item_ptr + _COUNTER) * NUM_KV_HEADS + kv_head
-            if _arrive(words_ptr + counter, parts):
+            if arrive(words_ptr + counter, parts):
                 _combine_parts(
                     out_ptr, sinks_ptr, part_acc_ptr, part_m_ptr, part_total_ptr,
                     tl.load(item_ptr + _ROW),

@@ -15,14 +15,14 @@ tables, on the stream of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace.ops import dispatch
-from headrace.ops.arena import Take
+from headrace.ops.arena import Take, fresh
 from headrace.ops.linear import linear
 
 ALIGNMENT = 128  # elements: every A and every B begins at a multiple of it in the memory
@@ -252,11 +252,8 @@ def own_parts(
     """A buffer outside any arena; without max_rank it asks the device for the largest."""
     from headrace.ops.lora_kernel import low_rank_parts
 
-    def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-
     max_rank = int(site.rank.max()) if max_rank is None else max_rank
-    return low_rank_parts(take, len(site.widths), num_rows, max_rank)
+    return low_rank_parts(fresh(device), len(site.widths), num_rows, max_rank)
 
 
 def _rows_of_slots(rows: LoraRows) -> Iterator[tuple[int, Tensor]]:

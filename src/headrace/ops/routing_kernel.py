@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops.arena import fresh
+from headrace.ops.arrival_kernel import arrive
 from headrace.ops.lora import MoELora
 from headrace.ops.lora_kernel import adapters_of_rows, add_low_rank_at_once
 from headrace.ops.routing import (
@@ -46,16 +47,6 @@ def allocate(
     return routing_buffers(
         fresh(device), counters, num_tokens, hidden, num_experts, top_k, block_m, dtype, num_local
     )
-
-
-@triton.jit
-def _arrive(counter_ptr, total):
-    """Count this program in, after all its writes; true for the last, which zeroes the counter."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == total - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -214,7 +205,7 @@ def _choose(
         tl.store(ranks_ptr + slot, rank, mask=held)
         tl.store(histograms_ptr + chunk * EXPERTS + expert, counts)
         if SORT_ALL:  # noqa: SIM102 (Triton would evaluate both sides of an `and`)
-            if _arrive(counters_ptr, tl.cdiv(num_tokens, BLOCK_T)):
+            if arrive(counters_ptr, tl.cdiv(num_tokens, BLOCK_T)):
                 place_slots(
                     ids_ptr, ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, 0, num_tokens,
                     num_blocks, first_expert, num_local,
@@ -300,7 +291,7 @@ def router_kernel(
         tall = tl.arange(0, TALL)[:, None]
         acc_ptrs = partials_ptr + slice_k * slice_size + token[None, :] * EXPERTS + tall
         tl.store(acc_ptrs, acc, mask=(token < num_tokens)[None, :] & (tall < EXPERTS))
-        is_last = _arrive(counters_ptr + 1 + chunk, SLICES)
+        is_last = arrive(counters_ptr + 1 + chunk, SLICES)
         logits = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
         if is_last:
             for s in tl.static_range(SLICES):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headrace.ops.arena import fresh
 from headrace.ops.sampling import (
     CHUNK,
     MAX_CANDIDATES,
@@ -692,7 +693,7 @@ def sample(
     num_rows, vocab = logits.shape
     _check_columns(num_rows, {"out": out}, torch.int64)
     if buffers is None:
-        buffers = sampling_buffers(_allocator(logits.device), num_rows, vocab)
+        buffers = sampling_buffers(fresh(logits.device), num_rows, vocab)
     num_chunks = triton.cdiv(vocab, CHUNK)
     room = buffers.best.shape
     if room[0] < num_rows or room[1] != num_chunks:
@@ -754,7 +755,7 @@ def top_logprobs(
     num, vocab = len(rows), logits.shape[1]
     _check_columns(num, {"rows": rows, "chosen": chosen}, torch.int64)
     num_chunks = triton.cdiv(vocab, CHUNK)
-    take = _allocator(logits.device)
+    take = fresh(logits.device)
     ids = take((num, 1 + num_top), torch.int64)
     logprobs = take((num, 1 + num_top), torch.float32)
     rank = take((num,), torch.int64)
@@ -777,10 +778,6 @@ def top_logprobs(
         CHUNKS=chunks, TOPS=chunks * MAX_TOP, num_warps=4,
     )  # fmt: skip
     return ids, logprobs, rank
-
-
-def _allocator(device: torch.device):
-    return lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def _said(tensor: Tensor) -> str:
