@@ -59,14 +59,7 @@ LORA_STEP = {
     "embedding_shrink_kernel": 1,
     "shrink_kernel": 1,  # LM head
     "expand_kernel": 2,
-    # ids of tokens that the host has not read, for the embedding's adapters: to be one kernel
-    "aten::lt": 1,
-    "aten::rsub": 1,
-    "aten::clamp_min": 1,
-    "aten::index": 1,
-    "aten::where": 1,
 }
-LORA_ALLOCATIONS = [name for name in LORA_STEP if name.startswith("aten::")]  # to be none
 GREEDY = {"best_kernel": 1, "argmax_kernel": 1}
 DRAWN = GREEDY | {"masses_kernel": 1, "draw_kernel": 1}
 FILTERED = DRAWN | {"levels_kernel": 2, "candidates_kernel": 1, "search_kernel": 1}
@@ -205,7 +198,7 @@ def run_step(counts: Counts, num_layers: int, num_seqs: int, lora: bool = False)
     counts.launches.clear()
     with torch.inference_mode(), counts:
         model.forward(batch)
-    assert counts.allocations == (LORA_ALLOCATIONS if lora else [])
+    assert counts.allocations == []
     return Counter(counts.launches)
 
 

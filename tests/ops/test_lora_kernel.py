@@ -149,6 +149,13 @@ def test_interpreted_embedding():
     )
     one_hot = torch.nn.functional.one_hot(tokens, 160).float()
     check_rows(out, y, one_hot, adapters, slots, 1e-5)
+    unread, sampled = tokens.clone(), torch.tensor([9, 0, 159])
+    unread[2], unread[4] = -3, -2
+    rows = rows_of(slots, 3)
+    late = add_lora_embedding_kernel(
+        y.clone(), unread, adapters.site, adapters.memory, rows, parts, sampled
+    )
+    assert torch.equal(late, out)
 
 
 @interpreted

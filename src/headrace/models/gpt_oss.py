@@ -12,7 +12,7 @@ from headrace.models.config import GptOssConfig
 from headrace.ops import dispatch
 from headrace.ops.arena import Arena, ArenaSize, Take, fresh
 from headrace.ops.attention import paged_attention
-from headrace.ops.embedding import embed, known
+from headrace.ops.embedding import embed
 from headrace.ops.linear import linear
 from headrace.ops.lora import LoraBuffers, LoraStep, lora_buffers
 from headrace.ops.moe import MoEBuffers, MoEWeights, moe_buffers, moe_layer
@@ -114,7 +114,7 @@ class GptOss:
         h = embed(batch.token_ids, self.weights.embedding, batch.sampled, out=buffers.hidden)
         lora = LoraStep(batch.lora, buffers.lora) if batch.lora else None
         if lora:
-            lora.add_to_embedding(h, known(batch.token_ids, batch.sampled))
+            lora.add_to_embedding(h, batch.token_ids, batch.sampled)
         rope = buffers.cos, buffers.sin
         rope_cos_sin(batch.positions, self._inv_freq, self._attention_factor, out=rope)
         for i, layer in enumerate(self.weights.layers):

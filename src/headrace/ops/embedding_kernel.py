@@ -9,6 +9,15 @@ from torch import Tensor
 
 
 @triton.jit
+def known_id(token_ids_ptr, sampled_ptr, token):
+    """The id of a token, which may be one that the step before sampled."""
+    token_id = tl.load(token_ids_ptr + token)
+    if token_id < 0:
+        token_id = tl.load(sampled_ptr - 1 - token_id)
+    return token_id
+
+
+@triton.jit
 def embed_kernel(
     token_ids_ptr,  # [num_tokens] int64
     embedding_ptr,  # [vocab_size, hidden]
@@ -21,9 +30,7 @@ def embed_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < hidden
-    token_id = tl.load(token_ids_ptr + token)
-    if token_id < 0:
-        token_id = tl.load(sampled_ptr - 1 - token_id)
+    token_id = known_id(token_ids_ptr, sampled_ptr, token)
     row = tl.load(embedding_ptr + token_id * hidden + column, mask=mask)
     tl.store(out_ptr + token * hidden + column, row, mask=mask)
 

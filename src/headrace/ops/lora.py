@@ -23,6 +23,7 @@ from torch import Tensor
 
 from headrace.ops import dispatch
 from headrace.ops.arena import Take, fresh
+from headrace.ops.embedding import known
 from headrace.ops.linear import linear
 
 ALIGNMENT = 128  # elements: every A and every B begins at a multiple of it in the memory
@@ -126,11 +127,11 @@ class LoraStep:
     batch: LoraBatch
     buffers: LoraBuffers
 
-    def add_to_embedding(self, h: Tensor, token_ids: Tensor) -> None:
-        """To the rows of the embedding, in place."""
+    def add_to_embedding(self, h: Tensor, token_ids: Tensor, sampled: Tensor | None) -> None:
+        """To the rows of the embedding, in place; the ids are those of `embed`."""
         weights, parts = self.batch.weights, self.buffers.tokens
         rows = self.batch.tokens
-        add_lora_embedding(h, token_ids, weights.embedding, weights.memory, rows, parts)
+        add_lora_embedding(h, token_ids, weights.embedding, weights.memory, rows, parts, sampled)
 
     def add_to_qkv(self, layer: int, qkv: Tensor, x: Tensor) -> None:
         """To q, k and v side by side, in place, before they turn."""
@@ -202,13 +203,18 @@ def add_lora_embedding(
     memory: Tensor,
     rows: LoraRows,
     parts: Tensor | None = None,  # of LoraBuffers, on the GPU
+    sampled: Tensor | None = None,  # [max_num_seqs] int64; None: every id is known
 ) -> Tensor:
-    """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
+    """y += scale A[:, token]^T B for the rows with an adapter. Returns y.
+
+    An id of -1 - i stands for sampled[i].
+    """
     if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_embedding_kernel
 
         parts = own_parts(site, len(y), memory.device) if parts is None else parts
-        return add_lora_embedding_kernel(y, token_ids, site, memory, rows, parts)
+        return add_lora_embedding_kernel(y, token_ids, site, memory, rows, parts, sampled)
+    token_ids = known(token_ids, sampled)
     for slot, chosen in _rows_of_slots(rows):
         if int(site.rank[0, slot]):
             a, b = _factors(site, memory, 0, slot, 0)

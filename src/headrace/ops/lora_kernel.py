@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops.arena import Take
+from headrace.ops.embedding_kernel import known_id
 from headrace.ops.lora import LoraRows, LoraSite
 from headrace.ops.prefetch_kernel import prefetch
 from headrace.ops.routing import SortedSlots, max_blocks
@@ -366,7 +367,8 @@ def expand_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def embedding_shrink_kernel(
-    token_ids_ptr,  # [num_rows] int64
+    token_ids_ptr,  # [num_rows] int64; -1 - i: sampled[i]
+    sampled_ptr,  # [max_num_seqs] int64
     memory_ptr,
     a_ptr,  # [1, num_slots] int64
     rank_ptr,  # [1, num_slots] int32
@@ -385,7 +387,7 @@ def embedding_shrink_kernel(
         return
     rank = tl.load(rank_ptr + slot)
     scale = tl.load(scale_ptr + slot)
-    start = tl.load(a_ptr + slot) + tl.load(token_ids_ptr + row)
+    start = tl.load(a_ptr + slot) + known_id(token_ids_ptr, sampled_ptr, row)
     for first_r in range(0, rank, BLOCK_R):
         r = first_r + tl.arange(0, BLOCK_R)
         a = tl.load(memory_ptr + start + r.to(tl.int64) * vocab_size, mask=r < rank)
@@ -457,13 +459,15 @@ def add_lora_embedding_kernel(
     memory: Tensor,
     rows: LoraRows,
     parts: Tensor,  # from low_rank_parts
+    sampled: Tensor | None = None,  # [max_num_seqs] int64; None: every id is known
 ) -> Tensor:
     """y += scale A[:, token]^T B for the rows with an adapter. Returns y."""
     parts = _one_part(parts, memory.dtype)
     if len(token_ids):
         embedding_shrink_kernel[(len(token_ids),)](
-            token_ids, memory, site.a, site.rank, site.scale, parts, rows.slot_of_row,
-            len(token_ids), site.in_features, parts.shape[3], BLOCK_R=64, num_warps=2,
+            token_ids, token_ids if sampled is None else sampled, memory, site.a, site.rank,
+            site.scale, parts, rows.slot_of_row, len(token_ids), site.in_features, parts.shape[3],
+            BLOCK_R=64, num_warps=2,
         )  # fmt: skip
     return _expand(y, site, memory, _dense_work(rows, site), parts)
 
