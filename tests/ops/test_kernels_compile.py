@@ -23,7 +23,7 @@ CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", 
            "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
            "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "sum": "*bf16",
            "memory": "*bf16", "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32",
-           "token_ids": "*i64"}
+           "token_ids": "*i64", "sampled": "*i64"}
 FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "part_stride", "max_rank",
            "y_stride", "stride_row", "vocab", "value_offset"}
