@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError, EngineConfig
+from headrace.files import BUNDLED_MODEL
 from headrace.generate import ask
 
 

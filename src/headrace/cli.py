@@ -15,10 +15,9 @@ from headrace.bench.commands import profile
 from headrace.bench.list_options import ListOptions
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.eval.command import evaluate
+from headrace.files import BUNDLED_MODEL
 from headrace.flags import with_configs
 from headrace.lora.commands import app as lora_app
-
-BUNDLED_MODEL = Path(__file__).parent / "data" / "tiny"
 
 app = typer.Typer(
     help="Serve mixture-of-experts language models in MXFP4.",

@@ -1,4 +1,4 @@
-"""Reading files that the caller names."""
+"""Files: the bundled model, and those that the caller names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError
+
+BUNDLED_MODEL = Path(__file__).parent / "data" / "tiny"
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import pytest
 
 from headrace.bench.adapter_load import measure, run_adapter_load
 from headrace.bench.synth_adapter import write_adapter
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
+from headrace.files import BUNDLED_MODEL
 from headrace.models.config import read_config
 
 CONFIG = EngineConfig(model=BUNDLED_MODEL, device="cpu", kv_cache_memory=64 << 20)

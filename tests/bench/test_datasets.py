@@ -11,8 +11,8 @@ import pytest
 
 from headrace.bench.datasets import Sample, load_samples, ordinary_ids
 from headrace.bench.serve_config import ServeBenchConfig
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError
+from headrace.files import BUNDLED_MODEL
 from headrace.server.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -12,10 +12,12 @@ from headrace.bench.synth import SIZES, write_synthetic
 from headrace.bench.timeline import Span, one_step
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
+from headrace.files import BUNDLED_MODEL
 from headrace.models.config import parse_config
 
-BUNDLED = Path(__file__).parents[2] / "src/headrace/data/tiny"
-CONFIG = EngineConfig(model=BUNDLED, device="cpu", max_model_len=128, kv_cache_memory=20_000_000)
+CONFIG = EngineConfig(
+    model=BUNDLED_MODEL, device="cpu", max_model_len=128, kv_cache_memory=20_000_000
+)
 
 
 def test_operators_of_a_decode_step_and_a_prefill_on_the_cpu(

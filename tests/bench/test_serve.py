@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from headrace.bench.commands import app
 from headrace.bench.serve import arrivals
-from headrace.cli import BUNDLED_MODEL
+from headrace.files import BUNDLED_MODEL
 from tests.bench.fake_server import FakeServer, Script, completion
 
 MODELS = ({"id": "m"}, {"id": "cats"}, {"id": "dogs"})

@@ -16,8 +16,8 @@ from headrace.bench.startup import (
     read_phases,
     startup_table,
 )
+from headrace.files import BUNDLED_MODEL
 
-BUNDLED = Path(__file__).parents[2] / "src/headrace/data/tiny"
 FLAGS = ("--device", "cpu", "--kv-cache-memory", "20000000")
 
 METRICS = """\
@@ -30,7 +30,7 @@ vllm:num_requests_running{engine="0",model_name="tiny"} 0.0
 
 
 def test_a_server_is_started_asked_and_stopped(tmp_path: Path) -> None:
-    rows = measure_start(BUNDLED, FLAGS, "warm")
+    rows = measure_start(BUNDLED_MODEL, FLAGS, "warm")
     listening, answered = rows[-2:]
     assert (listening.phase, answered.phase) == ("until it listens", "until the first answer")
     assert 0 < listening.seconds <= answered.seconds

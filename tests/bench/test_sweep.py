@@ -12,8 +12,8 @@ from headrace.bench import sweep as module
 from headrace.bench.commands import app
 from headrace.bench.server_process import largest_rank, lora_flags, running_server
 from headrace.bench.sweep import Sweep, parse_users
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError
+from headrace.files import BUNDLED_MODEL
 
 ADAPTERS = BUNDLED_MODEL.parent / "adapters"
 

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from headrace.bench.cases_attention import Attention, fill, random_calls
-from headrace.bench.tune_attention import TILES, AttentionTuneRow, fastest, with_tile
+from headrace.bench.results import fastest
+from headrace.bench.tune_attention import PROBLEM, TILES, AttentionTuneRow, with_tile
 from headrace.ops.attention_plan import CUTS, SPLITS, AttentionTile
 
 
@@ -34,4 +35,4 @@ def test_fastest() -> None:
         AttentionTuneRow(step, m, 600, 0, us, 1.0, 1.0, 2.0, 64, 128, 4, stages, 2)
         for step, m, us, stages in timed
     ]
-    assert fastest(rows) == rows[1:]
+    assert fastest(rows, PROBLEM) == rows[1:]

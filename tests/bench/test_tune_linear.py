@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("triton")
 
 from headrace.bench.cases_linear import LAYERS
-from headrace.bench.tune_linear import SIZES, LinearTuneRow, candidates, fastest
+from headrace.bench.results import fastest
+from headrace.bench.tune_linear import PROBLEM, SIZES, LinearTuneRow, candidates
 from headrace.ops.linear_tiles import LinearProblem, choose
 
 
@@ -25,4 +26,4 @@ def test_fastest():
         LinearTuneRow(layer, m, "linear", us, 1.0, 1.0, num_stages=stages)
         for layer, m, us, stages in timed
     ]
-    assert fastest(rows) == rows[1:]
+    assert fastest(rows, PROBLEM) == rows[1:]

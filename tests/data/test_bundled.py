@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import EngineConfig, ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, SamplingParams
+from headrace.files import BUNDLED_MODEL
 from headrace.ops import moe as moe_layers
 from headrace.server.harmony import HarmonyParser
 from headrace.server.model_info import load_model_info

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from headrace.bench.synth import SIZES, write_synthetic
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
+from headrace.files import BUNDLED_MODEL
 from tests.engine.toy_model import run
 from tests.oracles import transformers_model
 

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from headrace.cli import BUNDLED_MODEL
+from headrace.files import BUNDLED_MODEL
 from tests.server.live import MODEL_NAME, LiveServer, wait_for
 
 ADAPTERS = BUNDLED_MODEL.parent / "adapters"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.cli import BUNDLED_MODEL
+from headrace.files import BUNDLED_MODEL
 from headrace.lora.check import site_deltas
 from headrace.models import Model, load_model
 from headrace.ops import dispatch

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.cli import BUNDLED_MODEL
 from headrace.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import LoadAdapter, UnloadAdapter
+from headrace.files import BUNDLED_MODEL
 from headrace.models import load_model
 from tests.lora.adapted import AdaptedModel, read
 from tests.lora.random_adapters import random_adapter

@@ -12,9 +12,8 @@ from rich.progress import Progress
 from headrace.bench.list_options import ListOptions
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.config import EngineConfig
+from headrace.files import BUNDLED_MODEL
 from headrace.flags import with_configs
-
-BUNDLED_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 
 app = typer.Typer(help="Measure kernels, the engine and a server.", no_args_is_help=True)
 

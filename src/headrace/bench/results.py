@@ -1,4 +1,4 @@
-"""Rows of a benchmark as a CSV file."""
+"""Rows of a benchmark: as a CSV file, and the best of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.config import ConfigError
+
+Row = TypeVar("Row")
+
+
+def fastest(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """Of rows with equal keys the one with the least `us`, the first if there are several."""
+    best: dict[tuple[str, ...], tuple[float, Row]] = {}
+    for row in rows:
+        values = vars(row)
+        key, us = _key(values, keys), values["us"]
+        if key not in best or us < best[key][0]:
+            best[key] = us, row
+    return [row for _, row in best.values()]
 
 
 def write_csv(path: Path, rows: Sequence[Any], keys: Sequence[str] = ()) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor
 from headrace.bench.case import NUM_INPUTS, NUM_WEIGHT_SETS, Case, time_us
 from headrace.bench.cases_moe import NUM_EXPERTS, TOP_K, make_step, random_layer
 from headrace.bench.kernels import Failures
-from headrace.bench.results import write_csv
+from headrace.bench.results import fastest, write_csv
 from headrace.config import ConfigError
 from headrace.ops.moe import MoEWeights
 from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
 from headrace.ops.tiles import MoETiles, Tile
 
 MATMULS = {"gate_up": gate_up_matmul, "down": down_matmul}
+PROBLEM = ("experts", "m", "op")  # columns: a matmul at one size
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:
     for row in tune(sizes, torch.device("cuda"), Failures(console)):
         rows.append(row)
         write_csv(out / "tune.csv", rows)
-    for best in fastest(rows):
+    for best in fastest(rows, PROBLEM):
         console.print(best)
 
 
@@ -72,16 +73,6 @@ def tune(sizes: Sequence[int], device: torch.device, failures: Failures) -> Iter
                 times = failures.attempt(f"experts={num_experts} m={m} {tile}", work) or {}
                 for op, us in times.items():
                     yield TuneRow(num_experts, m, op, round(us, 1), **vars(tile))
-
-
-def fastest(rows: Sequence[TuneRow]) -> list[TuneRow]:
-    """The fastest tile of each matmul at each size."""
-    best: dict[tuple[int, int, str], TuneRow] = {}
-    for row in rows:
-        key = (row.experts, row.m, row.op)
-        if key not in best or row.us < best[key].us:
-            best[key] = row
-    return list(best.values())
 
 
 def time_tile(

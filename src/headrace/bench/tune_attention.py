@@ -21,7 +21,7 @@ from headrace.bench.cases_attention import (
     problems,
     random_calls,
 )
-from headrace.bench.results import write_csv
+from headrace.bench.results import fastest, write_csv
 from headrace.config import ConfigError
 from headrace.ops.attention_plan import AttentionPlan, AttentionTile, empty_plan
 
@@ -38,6 +38,7 @@ TILES = (
     AttentionTile(rows=128, keys=64, num_warps=8, programs_per_sm=1),
     AttentionTile(rows=128, keys=64, num_warps=8, programs_per_sm=2),
 )
+PROBLEM = ("step", "m", "context", "window")  # columns: one problem
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run_tune_attention(console: Console, sizes: Sequence[int], out: Path) -> Non
     for row in tune(sizes, tiles, torch.device("cuda")):
         rows.append(row)
         write_csv(out / "tune_attention.csv", rows)
-    for best in fastest(rows):
+    for best in fastest(rows, PROBLEM):
         console.print(best)
 
 
@@ -124,16 +125,6 @@ def _timed(calls: Calls, plan: AttentionPlan) -> AttentionTuneRow:
         plan.shape.split_above,
         **vars(plan.shape.tile),
     )
-
-
-def fastest(rows: Sequence[AttentionTuneRow]) -> list[AttentionTuneRow]:
-    """The fastest row of each problem."""
-    best: dict[tuple[str, int, int, int], AttentionTuneRow] = {}
-    for row in rows:
-        key = (row.step, row.m, row.context, row.window)
-        if key not in best or row.us < best[key].us:
-            best[key] = row
-    return list(best.values())
 
 
 def compile_tiles() -> list[str]:

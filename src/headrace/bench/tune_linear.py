@@ -28,7 +28,7 @@ from headrace.bench.cases_linear import (
     random_calls,
     random_weights,
 )
-from headrace.bench.results import write_csv
+from headrace.bench.results import fastest, write_csv
 from headrace.config import ConfigError
 from headrace.ops import linear_kernel
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose, tma_fits
@@ -37,6 +37,7 @@ from headrace.ops.norm import rms_norm
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 NORMS_BEFORE = {"qkv": 1, "output": 4}  # four are about as idle as RoPE and a short attention
 MOST_AFTER_NORMS = 16  # tokens
+PROBLEM = ("layer", "m", "what")  # columns: a layer at one size, in one way
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run_tune_linear(console: Console, sizes: Sequence[int], out: Path) -> None:
     for row in tune(problems, set(broken), torch.device("cuda")):
         rows.append(row)
         write_csv(out / "tune_linear.csv", rows)
-    for best in fastest(rows):
+    for best in fastest(rows, PROBLEM):
         console.print(best)
 
 
@@ -180,16 +181,6 @@ def _for_many_tokens() -> list[LinearTile]:
         LinearTile(256, 128, 128, 64, 8, 4, 16),
         LinearTile(128, 256, 256, 64, 8, 4, 8),
     ]
-
-
-def fastest(rows: Sequence[LinearTuneRow]) -> list[LinearTuneRow]:
-    """The fastest row of each layer, size and way."""
-    best: dict[tuple[str, int, str], LinearTuneRow] = {}
-    for row in rows:
-        key = (row.layer, row.m, row.what)
-        if key not in best or row.us < best[key].us:
-            best[key] = row
-    return list(best.values())
 
 
 def _timed(

@@ -1,4 +1,4 @@
-"""Host arrays on their way to the device: one pinned block, few copies, no waiting."""
+"""Host arrays on their way to the device: pinned blocks in turns, few copies, seldom a wait."""
 
 from __future__ import annotations
 
