@@ -24,6 +24,7 @@ from headrace.lora import loader
 from headrace.lora.pool import LoraPool
 from headrace.models import Model, load_model
 from tests.checkpoints import random_checkpoint
+from tests.engine.toy_model import run, tokens_of
 from tests.lora.random_adapters import random_adapter
 
 PROMPTS = ([5, 9, 200, 31, 7], [77, 3, 3, 120, 64, 18, 2])
@@ -62,21 +63,6 @@ def ask(request_id: str, prompt: list[int], adapter: str | None, **params: Any) 
     return AddRequest(request_id, prompt, SamplingParams(**params), 0.0, adapter)
 
 
-def run(engine: Engine, *requests: AddRequest) -> dict[str, list[RequestOutput]]:
-    outputs: dict[str, list[RequestOutput]] = {r.request_id: [] for r in requests}
-    for request in requests:
-        engine.add_request(request)
-    while engine.has_work():
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-    return outputs
-
-
-def tokens(outputs: list[RequestOutput]) -> list[int]:
-    assert outputs[-1].finish_reason in ("stop", "length"), outputs[-1]
-    return [token for output in outputs for token in output.token_ids]
-
-
 def news(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     """What doesn't depend on the clock or the cache."""
     return [(o.token_ids, o.logprobs, o.finish_reason) for o in outputs]
@@ -109,7 +95,7 @@ def test_64_adapters_over_8_slots_for_1000_requests(
     paths = adapter_paths(checkpoint, tmp_path, 64)
     large = make_engine(model, paths, max_loras=64)
     expected = {
-        (name, i): tokens(run(large, ask("x", prompt, name))["x"])
+        (name, i): tokens_of(run(large, ask("x", prompt, name))["x"])
         for name in [*paths, None]
         for i, prompt in enumerate(PROMPTS)
     }
@@ -120,7 +106,7 @@ def test_64_adapters_over_8_slots_for_1000_requests(
     requests = [ask(f"r{i}", PROMPTS[p], name) for i, (name, p) in enumerate(wanted)]
     outputs = run(engine, *requests)
     for i, key in enumerate(wanted):
-        assert tokens(outputs[f"r{i}"]) == expected[key], (i, key)
+        assert tokens_of(outputs[f"r{i}"]) == expected[key], (i, key)
     assert engine.stats().num_adapter_copies == 64  # one turn each: eight of them at the start
     check_idle(engine)
 
@@ -150,16 +136,16 @@ def test_loads_in_place_forget_the_prefixes(checkpoint: Path, model: Model, tmp_
     first = run(engine, ask("1", prompt, "x"))["1"]
     again = run(engine, ask("2", prompt, "x"))["2"]
     assert (first[0].num_cached_tokens, again[0].num_cached_tokens) == (0, 28)
-    assert tokens(again) == tokens(first)
+    assert tokens_of(again) == tokens_of(first)
     taken = change(engine, LoadAdapter("x", str(path)))
     assert taken.error == "the LoRA adapter 'x' is already loaded"
     shutil.copytree(tmp_path / "v1", path, dirs_exist_ok=True)
     assert change(engine, LoadAdapter("x", str(path), in_place=True)).error is None
     second = run(engine, ask("3", prompt, "x"))["3"]
     assert second[0].num_cached_tokens == 0
-    assert tokens(second) != tokens(first)
+    assert tokens_of(second) != tokens_of(first)
     fresh = make_engine(model, {"y": tmp_path / "v1"})
-    assert tokens(second) == tokens(run(fresh, ask("1", prompt, "y"))["1"])
+    assert tokens_of(second) == tokens_of(run(fresh, ask("1", prompt, "y"))["1"])
     base = run(engine, ask("4", prompt, None))["4"]
     assert base[0].num_cached_tokens == 0
     check_idle(engine)
@@ -169,7 +155,7 @@ def test_a_load_in_place_that_fails_keeps_the_old(
     checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 1))
-    expected = tokens(run(engine, ask("1", PROMPTS[0], "a0"))["1"])
+    expected = tokens_of(run(engine, ask("1", PROMPTS[0], "a0"))["1"])
     new = random_adapter(tmp_path / "new", checkpoint, 50)
 
     def refuse(*_: object) -> str:
@@ -178,7 +164,7 @@ def test_a_load_in_place_that_fails_keeps_the_old(
     monkeypatch.setattr(loader, "check_adapter", refuse)
     reply = change(engine, LoadAdapter("a0", str(new), in_place=True))
     assert reply.error == "the self-check says no"
-    assert tokens(run(engine, ask("2", PROMPTS[0], "a0"))["2"]) == expected
+    assert tokens_of(run(engine, ask("2", PROMPTS[0], "a0"))["2"]) == expected
     assert len(pool_of(engine).resident) == 1
     check_idle(engine)
 
@@ -188,7 +174,7 @@ def test_unload_waits_for_requests_and_frees_all(
 ) -> None:
     engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 2), max_loras=2)
     pool = pool_of(engine)
-    expected = tokens(run(engine, ask("0", PROMPTS[0], "a0"))["0"])
+    expected = tokens_of(run(engine, ask("0", PROMPTS[0], "a0"))["0"])
     engine.add_request(ask("1", PROMPTS[0], "a0"))
     got = [t for output in engine.step() for t in output.token_ids]
     reply = change(engine, UnloadAdapter("a0"))
@@ -239,12 +225,12 @@ def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
     random_adapter(paths["a1"], checkpoint, 99, rank=3)
     outputs = run(engine, *(ask(f"r{i}", PROMPTS[0], f"a{i}") for i in range(3)))
     assert "has changed since it was loaded" in str(outputs["r1"][-1].error)
-    assert tokens(outputs["r0"])
-    assert tokens(outputs["r2"])
+    assert tokens_of(outputs["r0"])
+    assert tokens_of(outputs["r2"])
     again = run(engine, ask("r", PROMPTS[0], "a1"))["r"]  # the engine lives, and tries once more
     assert "has changed since it was loaded" in str(again[-1].error)
     assert change(engine, LoadAdapter("a1", str(paths["a1"]), in_place=True)).error is None
-    assert tokens(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
+    assert tokens_of(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
     check_idle(engine)
 
 
@@ -273,7 +259,7 @@ def test_aborts_in_every_state_leave_nothing_behind(
     check_idle(engine)
     fresh = run(engine, ask("fresh", PROMPTS[0], "a3"))["fresh"]
     alone = make_engine(model, {"a3": paths["a3"]})
-    assert tokens(fresh) == tokens(run(alone, ask("x", PROMPTS[0], "a3"))["x"])
+    assert tokens_of(fresh) == tokens_of(run(alone, ask("x", PROMPTS[0], "a3"))["x"])
 
 
 def test_a_large_adapter_gets_its_turn_among_small_ones(
