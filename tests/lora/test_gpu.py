@@ -15,9 +15,10 @@ from headrace.engine.engine import Engine
 from headrace.engine.messages import LoadAdapter, UnloadAdapter
 from headrace.files import BUNDLED_MODEL
 from headrace.models import load_model
+from tests.engine.toy_model import run, tokens_of
 from tests.lora.adapted import AdaptedModel, read
 from tests.lora.random_adapters import random_adapter
-from tests.lora.test_engine_adapters import ask, change, check_idle, news, run, tokens
+from tests.lora.test_engine_adapters import ask, change, check_idle, news
 from tests.paged import PagedSequences, logits_of
 
 ADAPTERS = BUNDLED_MODEL.parent / "adapters"
@@ -96,14 +97,14 @@ def test_base_rows_keep_their_bits_in_the_engine(paths: dict[str, Path]) -> None
     assert news(together["base"]) == expected
     for other in others:
         alone = run(engine, other)[other.request_id]
-        assert tokens(alone) == tokens(together[other.request_id]), other.request_id
+        assert tokens_of(alone) == tokens_of(together[other.request_id]), other.request_id
 
 
 def test_seven_adapters_over_two_slots(paths: dict[str, Path]) -> None:
     large = make_engine(paths)
     prompts = PROMPT[:20], PROMPT[20:60]
     expected = {
-        (name, i): tokens(run(large, ask("x", prompt, name, max_tokens=8))["x"])
+        (name, i): tokens_of(run(large, ask("x", prompt, name, max_tokens=8))["x"])
         for name in [*paths, None]
         for i, prompt in enumerate(prompts)
     }
@@ -113,7 +114,7 @@ def test_seven_adapters_over_two_slots(paths: dict[str, Path]) -> None:
     requests = [ask(f"r{i}", prompts[p], n, max_tokens=8) for i, (n, p) in enumerate(keys)]
     outputs = run(engine, *requests)
     for i, key in enumerate(keys):
-        assert tokens(outputs[f"r{i}"]) == expected[key], (i, key)
+        assert tokens_of(outputs[f"r{i}"]) == expected[key], (i, key)
     check_idle(engine)
 
 
@@ -124,7 +125,7 @@ def test_load_and_unload_give_all_memory_back(paths: dict[str, Path]) -> None:
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         assert change(engine, LoadAdapter("more", str(paths["rank64"]))).error is None
-        assert tokens(run(engine, ask("2", PROMPT, "more"))["2"])
+        assert tokens_of(run(engine, ask("2", PROMPT, "more"))["2"])
         assert change(engine, UnloadAdapter("more")).error is None
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
