@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -218,3 +220,24 @@ def test_broken_bodies(http: httpx.Client, content: bytes) -> None:
     response = http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+async def test_a_prompt_being_tokenized_holds_up_nobody(tokenizer: Tokenizer, path: str) -> None:
+    class Waiting(Tokenizer):
+        """Encodes only once another request has been answered meanwhile."""
+
+        def encode(self, text: str) -> list[int]:
+            started.set()
+            assert answered.wait(20), "nobody was answered meanwhile"
+            return [1]
+
+    started, answered = threading.Event(), threading.Event()
+    engine = ScriptedEngine([5])
+    waiting = Waiting(lambda text: [], {}, tokenizer.special_ids)
+    async with connect(scripted_app(engine, waiting)) as http:
+        slow = asyncio.create_task(http.post(path, json={"model": "scripted", "prompt": "long"}))
+        assert await asyncio.to_thread(started.wait, 20)
+        assert (await http.get("/version")).status_code == 200
+        answered.set()
+        assert (await slow).status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from typing import Any
 
@@ -187,7 +188,8 @@ async def answer(request: Request, body: Any, kind: type[Chat] | type[Completion
     serving = serving_of(request)
     serving.check_model(body.model)
     serving.check_ready()
-    work = kind(serving, body)
+    # In a thread: a prompt of megabytes takes a second to tokenize, and nobody else waits for it.
+    work = await asyncio.to_thread(kind, serving, body)
     serving.metrics.n.observe(body.n)
     if body.stream:
         return EventStream(work.stream())
@@ -197,7 +199,7 @@ async def answer(request: Request, body: Any, kind: type[Chat] | type[Completion
 
 
 @api.post("/tokenize", responses=documented(400, 401, 404))
-async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
+def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """Text, or a conversation, to token ids."""
     serving = serving_of(request)
     serving.check_model(body.model)
@@ -216,7 +218,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
 
 
 @api.post("/detokenize", responses=documented(400, 401, 404))
-async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
+def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
     """Token ids to text."""
     serving = serving_of(request)
     serving.check_model(body.model)

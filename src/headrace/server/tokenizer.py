@@ -142,7 +142,9 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
     }
 
     def encode_ordinary(text: str) -> list[int]:
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        # A batch of one: unlike encode it lets go of the GIL, and computes no offsets (2.5 times
+        # as fast).
+        return list(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     return Tokenizer(encode_ordinary, token_bytes, special_ids)
 
