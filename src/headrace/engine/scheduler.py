@@ -34,6 +34,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self._left = 0  # tokens that the step has still room for
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -51,6 +52,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Choose the next step's work and take the pages for it."""
         plan: Plan = {}
+        self._left = self.max_num_batched_tokens
         preemptions = self.num_preemptions
         running = [request for request in self.running if not request.ends_in_flight]
         decoding = [request for request in running if request.num_pending == 1]
@@ -66,8 +68,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, plan: Plan) -> int:
         """The most tokens of a request that the step still has room for."""
-        left = self.max_num_batched_tokens - sum(plan.values())
-        chunk = min(request.num_pending, left)
+        chunk = min(request.num_pending, self._left)
         if request.owes_prompt_logprobs:
             scored = sum(n for other, n in plan.items() if other.owes_prompt_logprobs)
             chunk = min(chunk, MAX_SCORED_ROWS - scored)
@@ -84,12 +85,13 @@ class Scheduler:
             if last is request:
                 return
         plan[request] = num_tokens
+        self._left -= num_tokens
 
     def _preempt(self, request: Request, plan: Plan) -> None:
         """Back to the queue: all of its tokens, outputs too, become its prompt."""
         assert len(self.running) > 1, "the cache can't hold one request"
         self.running.remove(request)
-        plan.pop(request, None)
+        self._left += plan.pop(request, 0)
         self.cache.release(request)
         self.num_preemptions += 1
         self.add(request)
@@ -112,6 +114,7 @@ class Scheduler:
         self.waiting.remove(request)
         insort(self.running, request, key=by_arrival)
         plan[request] = num_tokens
+        self._left -= num_tokens
         self._count_admission(request)
         return True
 
