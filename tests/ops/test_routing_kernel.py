@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from headrace.ops import routing_kernel
 from headrace.ops.routing import RoutingBuffers, routing_counters
 from headrace.ops.routing_kernel import choose, route, route_logits, router_gemm
+from tests.fake_gpu import run_script
 from tests.ops.test_sort_kernel import check_sorted
 
 gpu = pytest.mark.gpu
@@ -165,6 +168,55 @@ def rows_of_nan_do_no_harm(router: Router, x: Tensor) -> None:
     others = [token for token in range(len(x)) if token != 7]
     assert torch.equal(buffers.expert_weights[others], good.expert_weights[others])
     assert torch.equal(buffers.expert_ids[others], good.expert_ids[others])
+
+
+# What orders the terms of a row's sum of floats is the layout of the tensor, so each width (the
+# hidden size, the experts) needs one layout in all kernels. Sums of zeros have three dimensions.
+LAYOUTS = r"""
+import json, re
+import torch
+from triton.compiler.compiler import CompiledKernel
+from headrace.ops import routing_kernel
+from tests import fake_gpu
+
+fake_gpu.install()
+fake_gpu.pretend_cuda()
+layouts = []
+
+def note(kernel):
+    if kernel.module is None:
+        code = kernel.asm["ttgir"]
+        named = dict(re.findall(r"^(#\w+) = (#ttg.*)$", code, re.M))
+        for body, types in re.findall(r'"tt.reduce"\(.*?\({(.*?)}\) : \((.*?)\) ->', code, re.S):
+            found = re.fullmatch(r"tensor<\d+x(\d+)xf32, (#\w+)>", types)
+            if found and "arith.addf" in body:
+                layouts.append((kernel.name, found[1], named[found[2]]))
+        kernel.module, kernel._run = "loaded", lambda *args: None
+
+CompiledKernel._init_handles = note
+norm, bias = torch.zeros(hidden).bfloat16(), torch.zeros(num_experts).bfloat16()
+weight = torch.zeros(num_experts, hidden).bfloat16()
+for num_tokens in (1, 4, 20, 129):
+    x = torch.zeros(num_tokens, hidden).bfloat16()
+    buffers = routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, x.dtype, "cpu")
+    for renormalize in (True, False):
+        routing_kernel.route(x, None, norm, 1e-5, weight, bias, buffers, 16, renormalize)
+        routing_kernel.choose(buffers, 16, renormalize)
+print(json.dumps(layouts))
+"""
+
+
+@pytest.mark.parametrize(("hidden", "num_experts"), [(256, 8), (2880, 32)])
+def test_sums_of_floats_have_one_order(hidden: int, num_experts: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    process = run_script(f"{hidden=}; {num_experts=}\n{LAYOUTS}", tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    layouts = json.loads(process.stdout.splitlines()[-1])
+    of_width: dict[str, set[str]] = {}
+    for _, width, layout in layouts:
+        of_width.setdefault(width, set()).add(layout)
+    assert of_width
+    assert all(len(found) == 1 for found in of_width.values()), of_width
 
 
 def wrong_calls() -> dict[str, tuple[dict, str]]:

@@ -30,6 +30,7 @@ from headrace.ops.routing import (
 from headrace.ops.sort_kernel import check_sort, check_tensor, place, place_slots, write_blocks
 
 NUM_WARPS = 16  # of both ways, for a row's sum of squares must have one order
+WEIGHT_ONE = tl.constexpr(float(2**40))
 
 
 def allocate(
@@ -69,8 +70,9 @@ def _inverse_rms(
 ):
     """1 / sqrt(mean(x ** 2) + eps) of each row.
 
-    All threads lie along the row, so that its sum has the same order whatever ROWS is; the square
-    of a bfloat16 is exact in float32.
+    The layout must not depend on how many tokens there are, for it orders a row's sum: so ROWS is
+    less than BLOCK_T only where one row takes all threads. The square of a bfloat16 is exact in
+    float32.
     """
     x = x.to(tl.float32)
     return tl.rsqrt(tl.sum(x * x, 1) / HIDDEN + eps)
@@ -154,7 +156,9 @@ def _top_k(
         chosen = expert == tl.argmax(left, 1)[:, None]
         chosen_as = tl.where(chosen, k, chosen_as)
         left = tl.where(chosen, float("-inf"), left)
-    total = tl.sum(tl.where(chosen_as >= 0, powers, 0.0) if RENORMALIZE else powers, 1)
+    counted = tl.where(chosen_as >= 0, powers, 0.0) if RENORMALIZE else powers
+    # added as integers: floats would add up in an order that depends on where the logits come from
+    total = tl.sum((counted * WEIGHT_ONE).to(tl.int64), 1).to(tl.float32) / WEIGHT_ONE
     return chosen_as, powers / total[:, None]
 
 
@@ -520,7 +524,10 @@ def _launch_router(
     num_tokens, hidden = x.shape
     sizes = _sort_sizes(num_tokens, top_k)
     slices = triton.cdiv(hidden, SLICE_K) if sizes["SPLIT"] else 1
+    padded_hidden = triton.next_power_of_2(hidden)
     rows = 1 if num_tokens == 1 else 4 if num_tokens <= 4 else BLOCK_T
+    if padded_hidden < NUM_WARPS * 32 * 8:  # threads, and values that each one loads at once
+        rows = BLOCK_T
     early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
@@ -528,7 +535,7 @@ def _launch_router(
         buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight),
         len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
-        PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=padded_experts(len(weight)),
+        PADDED_HIDDEN=padded_hidden, EXPERTS=padded_experts(len(weight)),
         BLOCK_T=BLOCK_T, ROWS=rows, SLICE_K=SLICE_K, BLOCK_K=64, BLOCK_M=block_m, **sizes,
         EARLY=early, num_warps=NUM_WARPS, num_stages=4, launch_pdl=early,
     )  # fmt: skip
