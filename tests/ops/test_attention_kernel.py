@@ -41,10 +41,13 @@ CASES = {
 }
 
 
-def plan_of(case: Case, split_above: float = 0.0) -> AttentionPlan:
+def plan_of(
+    case: Case, split_above: float = 0.0, tile: AttentionTile = AttentionTile()
+) -> AttentionPlan:
     lengths, rows = np.array(case.sequences).T
     heads = case.num_heads, case.num_kv_heads, case.head_dim
-    shape = ap.plan_shape(int(rows.sum()), len(rows), *heads, num_sms=2, max_part_rows=512)
+    sizes = {"num_sms": 2, "max_part_rows": 512, "tile": tile}
+    shape = ap.plan_shape(int(rows.sum()), len(rows), *heads, **sizes)
     plan = ap.empty_plan(replace(shape, split_above=split_above), case.window, "cpu")
     plan.fill(rows, lengths)
     return plan
@@ -71,6 +74,16 @@ def test_interpreted_equals_float64_and_parts_change_no_bit(name: str) -> None:
     words = plan_of(case, **SPLIT).words
     assert bool((words[ap.HEADER + ap.PARTS :: len(ap.FIELDS)] > 1).any()) == long
     assert torch.equal(interpret(case, x, **SPLIT), whole)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["two tiles", "splits of both sizes"])
+def test_interpreted_blocks_shorter_than_a_split(name: str) -> None:
+    case, tile = CASES[name], AttentionTile(keys=64)
+    x = make(case)
+    whole = interpret(case, x, **WHOLE, tile=tile)
+    assert_close(whole.double(), exact(case, x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(interpret(case, x, **SPLIT, tile=tile), whole)
 
 
 @interpreted

@@ -45,9 +45,10 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _is_cut(key):
-    """True if a split begins at this key, a multiple of the least split."""
+    """True if a split begins at this key, the first of a block."""
+    first = (key % _SPLITS[0] == 0) & (key < _CUTS[0])
     second = (key % _SPLITS[1] == 0) & (key < _CUTS[1])
-    return (key < _CUTS[0]) | second | (key % _SPLITS[2] == 0)
+    return first | second | (key % _SPLITS[2] == 0)
 
 
 @triton.jit
