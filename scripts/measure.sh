@@ -1,61 +1,79 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, stage by stage: scripts/measure.sh OUT [STAGE ...]
-# The checkpoint is a random one of gpt-oss-20b's size in $MODEL, written if it is not there.
+# The checkpoint is a random one of gpt-oss-20b's size in $MODEL, written if it is not there; the
+# stage `checkpoint` does only that, and may run beside the tests. To measure less:
+#   OPS="moe_layer router" SIZES="1 16 512"   of the stages kernels and tune-*
+#   BATCHES=1,16,64                           of latency, adapters and profile
+#   ADAPTERS="2x64 32x16"                     of adapters: how many, of which rank
+#   LIMIT=150                                 seconds of each command, or file of tests
 set -uo pipefail
 out=$(realpath -m "$1")
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency profile startup serve)
+[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency adapters profile startup serve)
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=${COLUMNS:-160}
+export TEST_LIMIT=${LIMIT:-400}
+LIMIT=${LIMIT:-0}  # 0: none
 MODEL=${MODEL:-/tmp/gpt-oss-20b-random}
-headrace() { python3 -m headrace "$@"; }
+# An interrupt lets a command stop the servers that it started.
+headrace() { timeout -s INT -k 30 "$LIMIT" python3 -m headrace "$@"; }
 checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$MODEL"; }
 
-# A process for each file that has some: an error of the GPU ends no other file's tests. One file
-# fills the GPU's memory, and runs after the others.
+# A process for each file that has some: an error of the GPU ends no other file's tests. The
+# largest files first; one file fills the GPU's memory, and runs after the others.
 gpu_tests() {
   xargs -P "${JOBS:-8}" -I{} bash -c '
-    told=$(timeout 400 python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) && ok=0 || ok=1
+    told=$(timeout "$TEST_LIMIT" python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) \
+      && ok=0 || ok=1
     printf "== %s\n%s\n" "{}" "$told"
     exit $ok'
 }
 tests() {
   local alone=tests/models/test_loader.py ok=0
-  grep -rl --include 'test_*.py' pytest.mark.gpu tests | grep -v "$alone" | gpu_tests || ok=1
+  grep -rl --include 'test_*.py' pytest.mark.gpu tests | grep -v "$alone" | xargs ls -S |
+    gpu_tests || ok=1
   echo "$alone" | gpu_tests || ok=1
   return $ok
 }
-kernels() { headrace bench kernels --out "$out"; }
-tune() {
-  headrace bench tune-launches --out "$out"
-  headrace bench tune --out "$out"
-  headrace bench tune-linear --out "$out"
-}
+
+sizes=(${SIZES:+--size $SIZES})
+kernels() { headrace bench kernels ${OPS:+--op $OPS} "${sizes[@]}" --out "$out"; }
+tune-launches() { headrace bench tune-launches "${sizes[@]}" --out "$out"; }
+tune-linear() { headrace bench tune-linear "${sizes[@]}" --out "$out"; }
+tune-attention() { headrace bench tune-attention "${sizes[@]}" --out "$out"; }
+tune-experts() { headrace bench tune "${sizes[@]}" --out "$out"; }
+
+batches=(${BATCHES:+--batch "$BATCHES"})
 engine=(--max-num-seqs 128 --max-num-batched-tokens 8192 --no-enable-prefix-caching)
-latency() { checkpoint; headrace bench latency "$MODEL" "${engine[@]}" --csv "$out/latency.csv"; }
-profile() {
-  checkpoint
-  headrace profile "$MODEL" --batch "${BATCHES:-1,16,64}" "${engine[@]}" --csv "$out/profile.csv"
+latency() {
+  checkpoint &&
+    headrace bench latency "$MODEL" "${batches[@]}" "${engine[@]}" "$@" --csv "$out/latency.csv"
 }
 adapters() {
-  checkpoint
-  headrace bench latency "$MODEL" "${engine[@]}" --adapters 2 --rank "${RANK:-64}" \
-    --csv "$out/latency.csv"
+  local mix ok=0
+  for mix in ${ADAPTERS:-2x64 2x16 32x16}; do
+    latency --adapters "${mix%x*}" --rank "${mix#*x}" || ok=1
+  done
+  return $ok
 }
-startup() { checkpoint; headrace bench startup "$MODEL" --csv "$out/startup.csv"; }
+profile() {
+  checkpoint && headrace profile "$MODEL" "${batches[@]}" "${engine[@]}" --csv "$out/profile.csv"
+}
+startup() { checkpoint && headrace bench startup "$MODEL" --csv "$out/startup.csv"; }
 serve() {
-  checkpoint
-  headrace bench sweep "$MODEL" --users "${USERS:-1,16,80}" --out "$out" \
-    --serve-args "--max-num-seqs 128 --no-enable-prefix-caching"
+  checkpoint && headrace bench sweep "$MODEL" --users "${USERS:-1,16,80}" --out "$out" \
+    --serve-args "--max-num-seqs 128"
 }
 
-failed=0
+failed=()
 for stage in "${stages[@]}"; do
   echo "== $stage"
   SECONDS=0
-  "$stage" 2>&1 | tee "$out/$stage.log" || failed=1
+  "$stage" 2>&1 | tee "$out/$stage.log" || failed+=("$stage")
   echo "== $stage took $SECONDS s"
 done
-exit $failed
+grep -hE '^(FAILED|ERROR) ' "$out/tests.log" 2>/dev/null | cut -c1-200
+echo "== failed: ${failed[*]:-none}"
+[ ${#failed[@]} -eq 0 ]

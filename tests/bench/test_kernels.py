@@ -69,6 +69,8 @@ def test_a_failure_is_told_and_counted() -> None:
     assert failures.attempt("a list", lambda: [][0]) is None
     assert failures.count == 1
     assert "a list: IndexError: list index out of range" in console.export_text()
+    assert failures.attempt("a compiler", lambda: Path("x" * 10_000).stat()) is None
+    assert console.export_text().count("x") < 1000
 
 
 def test_the_floor_is_the_longer_of_bytes_and_arithmetic() -> None:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from headrace.bench import latency as module
 from headrace.bench.floors import GPUS, Step
 from headrace.bench.latency import (
     Answer,
@@ -33,6 +35,7 @@ from headrace.bench.results import write_csv
 from headrace.bench.synth import SIZES, write_synthetic
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
+from headrace.files import BUNDLED_MODEL
 from headrace.models.config import parse_config
 
 WORKLOAD = Workload((1, 3), prompt=20, output=6)
@@ -127,6 +130,18 @@ def test_the_command_writes_what_it_measured(
     assert run_latency(config, Workload((1, 2), 10, 4), tmp_path / "latency.csv") == 0
     assert "cpu: 10 tokens in, 4 out" in capsys.readouterr().out
     assert len((tmp_path / "latency.csv").read_text().splitlines()) == 3
+
+
+def test_a_run_cut_short_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(engine: Engine, workload: Workload) -> Iterator[Latency]:
+        yield next(measure(engine, workload))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measure", cut_short)
+    config = EngineConfig(model=BUNDLED_MODEL, device="cpu", max_model_len=64)
+    with pytest.raises(KeyboardInterrupt):
+        run_latency(config, Workload((1, 2), 10, 4), tmp_path / "latency.csv")
+    assert len((tmp_path / "latency.csv").read_text().splitlines()) == 2
 
 
 def test_requests_have_adapters_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

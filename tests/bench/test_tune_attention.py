@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("triton")
 
 from headrace.bench.cases_attention import Attention, fill, random_calls
+from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest
-from headrace.bench.tune_attention import PROBLEM, TILES, AttentionTuneRow, with_tile
+from headrace.bench.tune_attention import PROBLEM, TILES, AttentionTuneRow, tune, with_tile
 from headrace.ops.attention_plan import CUTS, SPLITS, AttentionTile
 
 
@@ -36,3 +38,10 @@ def test_fastest() -> None:
         for step, m, us, stages in timed
     ]
     assert fastest(rows, PROBLEM) == rows[1:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it can be timed")
+def test_what_cannot_be_timed_is_left_out() -> None:
+    failures = Failures(Console(record=True, width=200))
+    assert list(tune([512], TILES[:1], torch.device("cpu"), failures)) == []
+    assert failures.count == 2  # with a window and without

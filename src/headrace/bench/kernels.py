@@ -26,6 +26,7 @@ from headrace.bench.floors import Gpu, find_gpu
 from headrace.config import ConfigError
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MOST_TOLD = 600  # characters of an error: a compiler's can be pages
 
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Failures:
             return work()
         except Exception as error:
             self.count += 1
-            text = f"{what}: {type(error).__name__}: {error}"
+            text = f"{what}: {type(error).__name__}: {error}"[:MOST_TOLD]
             self._console.print(text, style="red", markup=False)
             return None
 

@@ -31,6 +31,7 @@ from headrace.models.config import GptOssConfig, read_config
 
 NUM_RUNS = 2
 CHECKED_TOKENS = 16  # at most, whose log-probabilities are looked at too
+KEYS = ("adapters", "rank", "batch", "prompt")  # columns: one workload
 
 
 class WrongResult(Exception):
@@ -154,6 +155,8 @@ def run_latency(config: EngineConfig, workload: Workload, csv: Path | None) -> i
             for latency in measure(engine, workload):
                 measured.append(latency)
                 bar.advance(measuring)
+                if csv:  # at once, so that a run cut short keeps its rows
+                    write_csv(csv, [latency.row(workload)], KEYS)
         except WrongResult as error:
             console.print(f"wrong result: {error}", style="bold red", markup=False)
             status = 1
@@ -161,9 +164,6 @@ def run_latency(config: EngineConfig, workload: Workload, csv: Path | None) -> i
     if workload.adapters:
         title += f", {workload.adapters} adapters of rank {workload.rank}"
     console.print(tpot_table(measured, title), prefill_table(measured, workload.prompt, title))
-    if csv and measured:
-        keys = ("adapters", "rank", "batch", "prompt")
-        write_csv(csv, [latency.row(workload) for latency in measured], keys)
     return status
 
 

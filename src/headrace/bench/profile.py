@@ -73,8 +73,8 @@ def run_profile(
         title = f"{name}: one token for each of {batch} requests, after {prompt}"
         console.print(profile_table(decode, title))
         rows += decode
-    if csv:
-        write_csv(csv, rows)
+        if csv:
+            write_csv(csv, rows)
 
 
 def profile_decode(engine: Engine, batch: int, prompt: int) -> list[ProfileRow]:

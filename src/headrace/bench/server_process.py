@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from headrace.config import ConfigError
 from headrace.files import parse_module, read_json
@@ -19,7 +20,7 @@ from headrace.files import parse_module, read_json
 START = "from headrace.cli import main; main()"
 POLL = 0.1  # seconds between looks at /health
 STOP_TIMEOUT = 60  # seconds to drain and leave, after which it is killed
-LOG_LINES = 15  # shown of a server that did not start
+LOG_LINES = 40  # shown of a server that failed
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def running_server(model: Path, flags: Sequence[str], start_timeout: float) -> I
     """Run `headrace serve MODEL` on a free port; yields its URL once it is healthy.
 
     Raises ConfigError with the end of its log if it ends first, or takes over start_timeout
-    seconds.
+    seconds. The log of one that fails later is printed when it is stopped.
     """
     port = free_port()
     command = [sys.executable, "-c", START, "serve", str(model), "--port", str(port), *flags]
@@ -38,13 +39,21 @@ def running_server(model: Path, flags: Sequence[str], start_timeout: float) -> I
             deadline = time.monotonic() + start_timeout
             while not is_healthy(url):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    tail = "".join(log.readlines()[-LOG_LINES:])
-                    raise ConfigError(f"the server did not start:\n{tail}")
+                    raise ConfigError(f"the server did not start:\n{end_of(log)}")
                 time.sleep(POLL)
-            yield url
+            try:
+                yield url
+            finally:
+                if not is_healthy(url):
+                    print(f"the server is not healthy any more:\n{end_of(log)}", file=sys.stderr)
         finally:
             stop(process)
+
+
+def end_of(log: TextIO) -> str:
+    """Return the last lines of a log that another process writes."""
+    log.seek(0)
+    return "".join(log.readlines()[-LOG_LINES:])
 
 
 def lora_flags(modules: Sequence[str]) -> list[str]:

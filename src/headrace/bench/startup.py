@@ -48,9 +48,9 @@ def run_startup(model: Path, flags: Sequence[str], csv: Path | None) -> None:
         drop_page_cache(model)
         for cache in ("cold", "warm"):
             rows += measure_start(model, flags, cache)
+            if csv:
+                write_csv(csv, rows)
     Console().print(startup_table(rows, str(model)))
-    if csv:
-        write_csv(csv, rows)
 
 
 def measure_start(model: Path, flags: Sequence[str], cache: str) -> list[StartupRow]:

@@ -22,6 +22,7 @@ from headrace.files import parse_module
 from headrace.models.config import read_config
 
 MIN_PROMPTS = 20
+KEYS = ("users", "input_len", "output_len", "adapters")  # columns: one load
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def parse_users(text: str) -> tuple[int, ...]:
 def run_sweep(sweep: Sweep, out: Path | None) -> int:
     """Write OUT/serve.csv and OUT/serve.html; returns 1 if requests failed.
 
-    OUT is bench/results/GPU by default. Raises ConfigError for a server that doesn't start.
+    Rows of serve.csv that are of other loads stay. OUT is bench/results/GPU by default. Raises
+    ConfigError for a server that doesn't start.
     """
     need_matplotlib()
     device = device_name()
@@ -81,7 +83,7 @@ def run_sweep(sweep: Sweep, out: Path | None) -> int:
             failed += num_failed
             rows.append(row)
             print(row.line, flush=True)
-            write_csv(out / "serve.csv", rows)
+            write_csv(out / "serve.csv", [row], KEYS)
     rank = largest_rank(sweep.lora_modules)
     write_report(out / "serve.html", Report(sweep.model.name, device, gpu, config, rank, rows))
     print(f"Written: {out / 'serve.csv'}, {out / 'serve.html'}")

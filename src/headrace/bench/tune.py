@@ -127,6 +127,6 @@ def _compile(tiles: set[Tile]) -> None:
 
 
 def _compile_tile(tile: Tile) -> None:
-    layer = random_layer(4, torch.device("cuda"))
     with suppress(Exception):  # told when it is timed
+        layer = random_layer(4, torch.device("cuda"))
         make_step([layer] * NUM_WEIGHT_SETS, 1, MoETiles(tile, tile)).layer(0)

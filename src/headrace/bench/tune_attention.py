@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from headrace.bench.cases_attention import (
     problems,
     random_calls,
 )
+from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
 from headrace.config import ConfigError
 from headrace.ops.attention_plan import AttentionPlan, AttentionTile, empty_plan
@@ -76,7 +78,7 @@ def run_tune_attention(console: Console, sizes: Sequence[int], out: Path) -> Non
         else:
             tiles.append(tile)
     rows: list[AttentionTuneRow] = []
-    for row in tune(sizes, tiles, torch.device("cuda")):
+    for row in tune(sizes, tiles, torch.device("cuda"), Failures(console)):
         rows.append(row)
         write_csv(out / "tune_attention.csv", rows)
     for best in fastest(rows, PROBLEM):
@@ -84,16 +86,22 @@ def run_tune_attention(console: Console, sizes: Sequence[int], out: Path) -> Non
 
 
 def tune(
-    sizes: Sequence[int], tiles: Sequence[AttentionTile], device: torch.device
+    sizes: Sequence[int],
+    tiles: Sequence[AttentionTile],
+    device: torch.device,
+    failures: Failures,
 ) -> Iterator[AttentionTuneRow]:
     """Rows for each problem: every tile, then the default one with every way to split."""
     for problem in problems(sizes):
         calls = random_calls(problem, device)
-        for tile in tiles:
-            yield _timed(calls, with_tile(calls, tile))
+        plans = [with_tile(calls, tile) for tile in tiles]
         for split_above in SPLIT_ABOVE if problem.step == "decode" and not problem.window else ():
             shape = replace(calls.plan.shape, split_above=split_above)
-            yield _timed(calls, empty_plan(shape, problem.window, device))
+            plans.append(empty_plan(shape, problem.window, device))
+        for plan in plans:
+            row = failures.attempt(f"{problem} {plan.shape}", partial(_timed, calls, plan))
+            if row is not None:
+                yield row
 
 
 def with_tile(calls: Calls, tile: AttentionTile) -> AttentionPlan:

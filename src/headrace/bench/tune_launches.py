@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from headrace.bench.case import NUM_WEIGHT_SETS, Case, time_us
 from headrace.bench.cases_moe import HIDDEN, TOP_K, make_step, random_layer
+from headrace.bench.kernels import Failures
 from headrace.bench.results import write_csv
 from headrace.config import ConfigError
 from headrace.ops.moe import MoEWeights
@@ -38,34 +41,51 @@ class LaunchRow:
 def run_tune_launches(console: Console, sizes: Sequence[int], out: Path) -> None:
     """Write tune_launches.csv to `out` and print the fastest way for each size, and the plain one.
 
-    Raises ConfigError where there is no GPU.
+    A way that does not run or gives wrong results is named and left out. Raises ConfigError where
+    there is no GPU.
     """
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU here; launches can only be timed on one")
     torch.manual_seed(0)
     layers = [random_layer(NUM_EXPERTS, torch.device("cuda")) for _ in range(NUM_WEIGHT_SETS)]
     rows: list[LaunchRow] = []
+    failures = Failures(console)
     for m in sizes:
-        of_size = list(tune_size(layers, m))
+        of_size = []
+        for row in tune_size(layers, m, failures):
+            of_size.append(row)
+            write_csv(out / "tune_launches.csv", rows + of_size)
         rows += of_size
-        write_csv(out / "tune_launches.csv", rows)
-        console.print(of_size[0])
-        console.print(min(of_size, key=lambda row: row.us))
+        if of_size:
+            console.print(of_size[0])
+            console.print(min(of_size, key=lambda row: row.us))
 
 
-def tune_size(layers: Sequence[MoEWeights], num_tokens: int) -> Iterator[LaunchRow]:
+def tune_size(
+    layers: Sequence[MoEWeights], num_tokens: int, failures: Failures
+) -> Iterator[LaunchRow]:
     """A row for each way; all of them must give the bits of the first."""
-    expected = None
+    expected: list[Tensor] = []
     for tiles in ways(choose(Problem(num_tokens * TOP_K, NUM_EXPERTS))):
-        torch.manual_seed(num_tokens)  # the same inputs each time
-        step = make_step(layers, num_tokens, tiles)
-        got = step.layer(0).clone()
-        expected = got if expected is None else expected
-        assert torch.equal(got, expected), f"{tiles} gives other bits"
-        us = time_us(Case("moe_layer", {}, num_tokens, step.layer, step.check_layer, 0.0, 0.0))
-        early = tiles.gate_up.early, tiles.down.early
-        ahead = tiles.gate_up.prefetch_bytes, tiles.ahead_bytes
-        yield LaunchRow(num_tokens, round(us, 1), *early, *ahead, tiles.sum_in_down)
+        work = partial(time_way, layers, num_tokens, tiles, expected)
+        row = failures.attempt(f"m={num_tokens} {tiles}", work)
+        if row is not None:
+            yield row
+
+
+def time_way(
+    layers: Sequence[MoEWeights], num_tokens: int, tiles: MoETiles, expected: list[Tensor]
+) -> LaunchRow:
+    """One way; AssertionError unless its result is the expected."""
+    torch.manual_seed(num_tokens)  # the same inputs each time
+    step = make_step(layers, num_tokens, tiles)
+    got = step.layer(0).clone()
+    expected += [] if expected else [got]
+    assert torch.equal(got, expected[0]), "other bits than the first way's"
+    us = time_us(Case("moe_layer", {}, num_tokens, step.layer, step.check_layer, 0.0, 0.0))
+    early = tiles.gate_up.early, tiles.down.early
+    ahead = tiles.gate_up.prefetch_bytes, tiles.ahead_bytes
+    return LaunchRow(num_tokens, round(us, 1), *early, *ahead, tiles.sum_in_down)
 
 
 def ways(tiles: MoETiles) -> Iterator[MoETiles]:

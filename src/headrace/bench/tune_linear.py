@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +29,7 @@ from headrace.bench.cases_linear import (
     random_calls,
     random_weights,
 )
+from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
 from headrace.config import ConfigError
 from headrace.ops import linear_kernel
@@ -81,7 +83,7 @@ def run_tune_linear(console: Console, sizes: Sequence[int], out: Path) -> None:
     for (layer, tile), error in broken.items():
         console.print(f"{layer.name} {tile}: {error}", style="red", markup=False)
     rows: list[LinearTuneRow] = []
-    for row in tune(problems, set(broken), torch.device("cuda")):
+    for row in tune(problems, set(broken), torch.device("cuda"), Failures(console)):
         rows.append(row)
         write_csv(out / "tune_linear.csv", rows)
     for best in fastest(rows, PROBLEM):
@@ -92,6 +94,7 @@ def tune(
     problems: Sequence[tuple[Layer, LinearProblem]],
     broken: set[tuple[Layer, LinearTile]],
     device: torch.device,
+    failures: Failures,
 ) -> Iterator[LinearTuneRow]:
     """Rows for each layer and size, without the broken tiles."""
     for layer, group in groupby(problems, key=lambda pair: pair[0]):
@@ -99,8 +102,12 @@ def tune(
         for _, problem in group:
             calls = random_calls(layer, weights, problem.num_tokens)
             for tile in candidates(problem):
-                if (layer, tile) not in broken:
-                    yield _timed(layer, calls, "linear", _with_tile(calls, tile), tile)
+                if (layer, tile) in broken:
+                    continue
+                work = partial(_timed, layer, calls, "linear", _with_tile(calls, tile), tile)
+                row = failures.attempt(f"{layer.name} m={problem.num_tokens} {tile}", work)
+                if row is not None:
+                    yield row
             yield _timed(layer, calls, "cublas", _with_cublas(calls))
             if layer.name in NORMS_BEFORE and problem.num_tokens <= MOST_AFTER_NORMS:
                 yield from _tune_after_norms(layer, calls, choose(problem))
@@ -250,8 +257,8 @@ def compile_tiles(
 
 def _error_of(layer: Layer, tile: LinearTile) -> str:
     part = replace(layer, out_features=8 * tile.rows)  # the same kernel, and little memory
-    calls = random_calls(part, random_weights(part, torch.device("cuda")), tile.block_m + 1)
     try:
+        calls = random_calls(part, random_weights(part, torch.device("cuda")), tile.block_m + 1)
         calls.out.fill_(float("nan"))
         calls.check_result(_with_tile(calls, tile)(0))
     except Exception as error:  # whatever it is, the other tiles are still to be timed
