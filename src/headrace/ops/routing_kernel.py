@@ -274,15 +274,17 @@ def router_kernel(
             _prefetch_weight(weight_ptr, slice_k * SLICE_K, num_experts, HIDDEN, EXPERTS, SLICE_K)
             gdc_wait()
             gdc_launch_dependents()
-        # all loads stand before the first barrier
+        # All loads before anything waits for one. ptxas would move the weight's first, and the
+        # rest behind its stores to shared memory; it moves nothing over a barrier.
         if norm_ptr is not None:
             whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
+            norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
+        tl.debug_barrier()
         w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
         if norm_ptr is None:
             normed = x
         else:
-            norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
             scale = _inverse_rms(whole, eps, HIDDEN)
             if ROWS < BLOCK_T:  # row t gets that of t % ROWS: there are no rows from ROWS on
                 scale = tl.broadcast_to(scale[None, :], (BLOCK_T // ROWS, ROWS)).reshape(BLOCK_T)

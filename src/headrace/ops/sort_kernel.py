@@ -79,6 +79,11 @@ def place_slots(
         other=0,
         cache_modifier=".cg",
     )
+    in_group = tl.arange(0, SLOTS)
+    slot = group * CHUNKS * BLOCK_T * TOP_K + in_group
+    mask = (in_group < CHUNKS * BLOCK_T * TOP_K) & (slot < num_tokens * TOP_K)
+    expert_id = tl.load(ids_ptr + slot, mask=mask, other=-1, cache_modifier=".cg")
+    rank = tl.load(ranks_ptr + slot, mask=mask, other=0, cache_modifier=".cg")
     counts = tl.sum(own, 0)
     before = tl.zeros([EXPERTS], tl.int32)
     if not ONE_GROUP:
@@ -95,11 +100,6 @@ def place_slots(
             earlier = (any_chunk < group * CHUNKS)[:, None]
             before += tl.sum(tl.where(earlier, histogram, 0), 0)
     base = (tl.cumsum(counts, 0) - counts + before)[None, :] + tl.cumsum(own, 0) - own
-    in_group = tl.arange(0, SLOTS)
-    slot = group * CHUNKS * BLOCK_T * TOP_K + in_group
-    mask = (in_group < CHUNKS * BLOCK_T * TOP_K) & (slot < num_tokens * TOP_K)
-    expert_id = tl.load(ids_ptr + slot, mask=mask, other=-1, cache_modifier=".cg")
-    rank = tl.load(ranks_ptr + slot, mask=mask, other=0, cache_modifier=".cg")
     held = (expert_id >= first_expert) & (expert_id < first_expert + num_local)
     place = in_group // (BLOCK_T * TOP_K) * EXPERTS + expert_id
     row = tl.gather(base.reshape(CHUNKS * EXPERTS), tl.where(held, place, 0), 0) + rank
