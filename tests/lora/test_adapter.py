@@ -182,7 +182,7 @@ def test_names_without_pefts_prefix(model: Model, adapter: Path) -> None:
 
 
 def test_its_tensors_outlive_the_file(model: Model, adapter: Path) -> None:
-    factors = read(model, adapter).owned(pin=False).factors["model.layers.0.self_attn.q_proj"]
+    factors = read(model, adapter).owned().factors["model.layers.0.self_attn.q_proj"]
     before = factors.a.clone()
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(b"\0" * file.stat().st_size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headrace.files import BUNDLED_MODEL
-from headrace.lora.check import site_deltas
+from headrace.lora.check import expected_deltas, try_site
 from headrace.models import Model, load_model
 from headrace.ops import dispatch
 from tests.checkpoints import random_checkpoint
@@ -140,9 +140,11 @@ def test_the_kernels_add_what_the_reference_adds(
         found.append(PagedSequences(adapted, 2, block_size=8).step(rows, [8, 11]).clone())
         monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
     weights = adapted.memory.weights
-    factors = [adapter.factors["model.layers.0.mlp.experts.down_proj"]]  # the check's own kernels
-    delta, reference = site_deltas(weights.layers[0].down, weights, factors, 0)
-    assert (delta - reference).abs().max() < 5e-3 * reference.abs().max()
+    site = weights.layers[0].down  # the check's own kernels
+    trial = try_site(site, weights, 0)
+    factors = [adapter.factors["model.layers.0.mlp.experts.down_proj"]]
+    expected = expected_deltas(trial, factors, site.widths)
+    assert (trial.got - expected).abs().max() < 5e-3 * expected.abs().max()
     monkeypatch.undo()
     expected, got = found
     assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()

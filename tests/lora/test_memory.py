@@ -94,10 +94,12 @@ def test_the_check_finds_memory_that_is_wrong(model: Model, tmp_path: Path) -> N
     assert not memory.weights.lm_head.rank.any()  # nothing is published yet
     for key, begin in placement.a.items():
         values = alone.memory[begin : begin + adapter.factors[key].a.numel()]
-        values.neg_()
-        with pytest.raises(ConfigError, match=key):
-            check_adapter(alone, memory.sites, 1, adapter)
-        values.neg_()
+        for wrong in (-values, values * torch.nan):
+            right = values.clone()
+            values.copy_(wrong)
+            with pytest.raises(ConfigError, match=key):
+                check_adapter(alone, memory.sites, 1, adapter)
+            values.copy_(right)
 
 
 def test_rows_by_adapter() -> None:

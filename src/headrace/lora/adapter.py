@@ -18,6 +18,7 @@ from headrace.files import read_json
 from headrace.lora.factors import ExpertFactors, ExpertName, Factors, stack_experts
 from headrace.lora.peft_config import PeftConfig, parse_peft_config
 from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
+from headrace.lora.upload import helpers
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
@@ -48,9 +49,9 @@ class Adapter:
         """The largest rank of any target."""
         return max(factors.rank for factors in self.factors.values())
 
-    def owned(self, pin: bool) -> Adapter:
-        """A copy that the file's fate doesn't touch; with pin, in pinned memory."""
-        return replace(self, factors={key: f.owned(pin) for key, f in self.factors.items()})
+    def owned(self) -> Adapter:
+        """A copy that the file's fate doesn't touch."""
+        return replace(self, factors={key: f.owned() for key, f in self.factors.items()})
 
 
 @dataclass
@@ -103,6 +104,7 @@ class _Reader:
         self._config = config
         self._base = base
         self._max_rank = max_rank
+        self._read: dict[str, Tensor] = {}  # by name
         self._factors: dict[str, Factors] = {}
         self._experts: dict[str, list[ExpertFactors]] = defaultdict(list)  # by key of the target
 
@@ -115,6 +117,7 @@ class _Reader:
             else:
                 [(side, name)] = pair.names.items()
                 self._refuse(name, f"its partner lora_{'B' if side == 'A' else 'A'} is missing")
+        self._refuse_nan()
         for key, experts in self._experts.items():
             if key in self._factors:
                 self._refuse(
@@ -268,12 +271,18 @@ class _Reader:
         return rank == expected and rank <= self._max_rank
 
     def _tensors(self, pair: _Pair) -> tuple[Tensor, Tensor]:
-        a, b = (self._file.get_tensor(pair.names[side]) for side in "AB")
-        for name, tensor in ((pair.names["A"], a), (pair.names["B"], b)):
-            low, high = torch.aminmax(tensor)
-            if not (low.isfinite() and high.isfinite()):
-                self._refuse(name, "it holds NaN or infinity")
+        found = {pair.names[side]: self._file.get_tensor(pair.names[side]) for side in "AB"}
+        self._read |= found
+        a, b = found.values()
         return a, b
+
+    def _refuse_nan(self) -> None:
+        """Read every value, and so every page of the file: most of the time that a load takes."""
+        with helpers() as pool:
+            found = list(pool.map(torch.aminmax, self._read.values()))
+        for name, ends in zip(self._read, found, strict=True):
+            if not all(end.isfinite() for end in ends):
+                self._refuse(name, "it holds NaN or infinity")
 
     def _refuse(self, name: str, reason: str) -> None:
         self.problems.append(f"tensor {name}: {reason}")

@@ -64,10 +64,9 @@ class Factors:
         """Rank-1 terms of each expert."""
         return self.a.shape[1]
 
-    def owned(self, pin: bool) -> Factors:
-        """A copy in memory of its own, in the same order of bytes; with pin, in pinned memory."""
-        a, b = (t.pin_memory() if pin else t.clone() for t in (self.a, self.b))
-        return Factors(a, b, self.scale)
+    def owned(self) -> Factors:
+        """A copy in memory of its own, in the same order of bytes."""
+        return Factors(self.a.clone(), self.b.clone(), self.scale)
 
     def is_zero(self) -> bool:
         """Whether it changes nothing."""

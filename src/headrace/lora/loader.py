@@ -13,6 +13,7 @@ from headrace.config import ConfigError
 from headrace.lora.adapter import TENSORS_NAME, Adapter, BaseTensor, read_adapter
 from headrace.lora.check import check_adapter
 from headrace.lora.memory import LoraMemory, Placement
+from headrace.lora.upload import compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Loader:
     def __init__(self, memory: LoraMemory, base: BaseTensor) -> None:
         self._memory = memory
         self._base = base
-        self._loading = ThreadPoolExecutor(1, "lora-loader")
-        self._keeping = ThreadPoolExecutor(1, "lora-keeper")
+        self._loading = ThreadPoolExecutor(1, "lora-loader", compute_alone)
+        self._keeping = ThreadPoolExecutor(1, "lora-keeper", compute_alone)
         device = memory.weights.memory.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -57,7 +58,7 @@ class Loader:
 
     def keep(self, adapter: Adapter) -> Future[Adapter]:
         """A copy in CPU memory, from where the device can fetch it without the files."""
-        return self._keeping.submit(adapter.owned, self._stream is not None)
+        return self._keeping.submit(adapter.owned)
 
     def _read(self, path: Path) -> Adapter:
         targets = self._memory.targets.values()

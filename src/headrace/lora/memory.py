@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.lora.factors import Factors
 from headrace.lora.targets import Site, Target
+from headrace.lora.upload import Uploader
 from headrace.ops.lora import ALIGNMENT, LoraLayer, LoraSite, LoraWeights
 
 SITES_OF_LAYER = 5
@@ -82,6 +83,7 @@ class LoraMemory:
         self.ranges = Ranges(num_elements)
         self._segment = {key: i for i, key in enumerate(self.targets)}
         self._memory = torch.empty(num_elements, dtype=dtype, device=device)
+        self._uploader = Uploader(device)
         self._columns = -(-num_slots // SLOTS_ALIGNED) * SLOTS_ALIGNED
         self._tables = Tables.zeros(len(self.targets), self._columns, device)
         self.weights = self._weights(self._tables, max_rank)
@@ -111,13 +113,13 @@ class LoraMemory:
             self.ranges.give_back(begin, size)
 
     def write(self, placement: Placement, factors: Mapping[str, Factors]) -> None:
-        """Copy the factors into their ranges, on the current stream."""
+        """Copy the factors into their ranges, on the current stream; for one thread at a time."""
         for key, f in factors.items():
             begin = placement.a[key]
             for source, start in ((f.a, begin), (f.b, begin + aligned(f.a.numel()))):
                 target = self._memory[start : start + source.numel()].view(source.shape)
-                # to() keeps the strides, so that the transfer is one plain copy of the bytes
-                target.copy_(source.to(target.device, non_blocking=True))
+                # the device puts the elements in the order of the target
+                target.copy_(self._uploader.upload(source))
 
     def publish(self, slot: int, placement: Placement, factors: Mapping[str, Factors]) -> None:
         """Let the steps launched from now on find the adapter at this slot."""
@@ -132,12 +134,14 @@ class LoraMemory:
     def _column(self, placement: Placement, factors: Mapping[str, Factors]) -> Tables:
         """The entries of one slot: [num_segments, 1] arrays."""
         column = Tables.zeros(len(self.targets), 1, torch.device("cpu"))
+        # numpy's elements: a torch tensor's take milliseconds in all, of the thread of the steps
+        a, b, rank, scale = (table.numpy() for table in vars(column).values())
         for key, f in factors.items():
             i = self._segment[key]
-            column.a[i] = placement.a[key]
-            column.b[i] = placement.a[key] + aligned(f.a.numel())
-            column.rank[i] = f.rank
-            column.scale[i] = f.scale
+            a[i] = placement.a[key]
+            b[i] = placement.a[key] + aligned(f.a.numel())
+            rank[i] = f.rank
+            scale[i] = f.scale
         return column
 
     def _layers(self) -> Iterator[list[str]]:

@@ -1,0 +1,55 @@
+"""Tensors of any size on their way to the device, beside running steps."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2**24
+NUM_HELPERS = 4
+
+
+class Uploader:
+    """Copies through two pinned blocks: while the device takes one, the host fills the other.
+
+    They are pinned once. To pin an adapter would take longer than to copy it, and holds up every
+    launch of the process meanwhile; a copy of memory that is not pinned does so, too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        pin = device.type == "cuda"
+        blocks = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        self._turns = cycle([(block, torch.cuda.Event() if pin else None) for block in blocks])
+
+    def upload(self, source: Tensor) -> Tensor:
+        """A copy with the same strides, on the current stream; source has no gaps."""
+        order = source.as_strided((source.numel(),), (1,)).view(torch.uint8)
+        copy = torch.empty(source.numel(), dtype=source.dtype, device=self._device)
+        for part, target in zip(
+            order.split(BLOCK_BYTES), copy.view(torch.uint8).split(BLOCK_BYTES), strict=True
+        ):
+            block, copied = next(self._turns)
+            if copied is not None:
+                copied.synchronize()
+            block[: len(part)].copy_(part)
+            target.copy_(block[: len(part)], non_blocking=True)
+            if copied is not None:
+                copied.record()
+        return copy.as_strided(source.shape, source.stride())
+
+
+def helpers() -> ThreadPoolExecutor:
+    """A few threads for a load's work on the CPU."""
+    return ThreadPoolExecutor(NUM_HELPERS, "lora-helper", initializer=compute_alone)
+
+
+def compute_alone() -> None:
+    """Have this thread compute by itself: no team of OpenMP's, which would take every core.
+
+    One of them is that of the thread that launches the steps.
+    """
+    torch.set_num_threads(1)

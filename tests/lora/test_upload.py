@@ -1,0 +1,40 @@
+"""Copies through blocks, and threads that compute alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.lora import upload
+
+SOURCES = [
+    torch.arange(5 * 7.0).view(1, 5, 7),
+    torch.randn(6, 4, 8).bfloat16().permute(2, 1, 0),  # the experts' B, the expert fastest
+    torch.randn(9, 3).half().T[None],
+    torch.randn(4, 5, 6)[2:],  # does not begin where its storage does
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_upload_is_a_copy_with_the_same_strides(
+    source: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "BLOCK_BYTES", 64)
+    uploader = upload.Uploader(torch.device("cpu"))
+    before = source.clone()
+    first = uploader.upload(source)
+    assert torch.equal(uploader.upload(-source), -before)
+    assert torch.equal(first, before)
+    assert first.stride() == source.stride()
+
+
+def test_helpers_compute_alone() -> None:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with upload.helpers() as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(num_threads)
