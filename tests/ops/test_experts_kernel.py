@@ -248,6 +248,14 @@ def test_wrong_shapes_are_named(change, message):
         grouped_matmul(**(arguments | change))
 
 
+def test_no_tile_is_asked_for_beyond_its_end():
+    """What lies behind the last one may belong to nobody."""
+    _, down = Weights(3, 96, 160, "cpu").kernel_weights()
+    for asked, tile_bytes in ((4096, 4096), (23 * 4096, 2 * 4096)):
+        arguments = experts_kernel._ahead_arguments(Ahead(down, asked, None), hopper=True)
+        assert arguments[2:5] == (2, 2, tile_bytes)
+
+
 @gpu
 @pytest.mark.parametrize("num_tokens", SIZES)
 def test_layer_of_32_experts(small, num_tokens):

@@ -99,7 +99,9 @@ def _mxfp4_product(
     half = tl.arange(0, UNITS_K // 2)[None, :, None]
     scale_ptrs = scales_ptr + first_scale + half * 64 + tl.arange(0, 64)[None, None, :]
     acc = tl.zeros([TILES_N * 64, BLOCK_M], tl.float32)
-    for step in range(tl.cdiv(in_features, BLOCK_K)):
+    # one step or more, as the compiler should know: sums that may also be the zeros of no step kept
+    # it from having more than one matrix instruction under way (128 x 128 with 4 warps)
+    for step in range(tl.maximum(tl.cdiv(in_features, BLOCK_K), 1)):
         if UNITS_K == 2:
             words = tl.load(word_ptrs)
             scales = tl.load(scale_ptrs)
@@ -516,8 +518,9 @@ def _ahead_arguments(ahead: Ahead | None, hopper: bool) -> Arguments:
     weight = ahead.weight
     if not (hopper and ahead.tile_bytes and isinstance(weight, PreparedMXFP4)):
         return (*(None,) * 5, ahead.counters)
-    tiles = weight.scales.shape[1:3]
-    return (weight.words, weight.scales, *tiles, ahead.tile_bytes, ahead.counters)
+    tiles_n, tiles_k = weight.scales.shape[1:3]
+    tile_bytes = min(ahead.tile_bytes, tiles_k * 4096)  # nothing beyond the last tile
+    return (weight.words, weight.scales, tiles_n, tiles_k, tile_bytes, ahead.counters)
 
 
 def _sum_arguments(token_sum: TokenSum | None) -> Arguments:

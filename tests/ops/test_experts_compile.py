@@ -1,0 +1,93 @@
+"""The expert matmuls compiled for an H100 with every tile of the table, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.fake_gpu import SHARED_MEMORY, run_script
+
+SCRIPT = """
+import json, re, subprocess
+import torch, triton
+from triton.compiler.compiler import CompiledKernel
+from headrace.bench.tune_launches import SIZES, ways
+from headrace.ops.experts import Experts
+from headrace.ops.moe import MoEWeights, own_buffers
+from headrace.ops.moe_kernel import TokenSum, down_matmul, gate_up_matmul
+from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder
+from headrace.ops.tiles import Problem, choose
+from tests import fake_gpu
+
+fake_gpu.install()
+fake_gpu.pretend_cuda()
+HIDDEN, INTER, TOP_K = 2880, 2880, 4
+
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+def weight(rows, columns, order):
+    tiles = 2, -(-rows // 64), -(-columns // 128)
+    words = zeros(*tiles[:2], 2 * tiles[2], 512, dtype=torch.int32)
+    scales = zeros(*tiles, 64, dtype=torch.int32)
+    return PreparedMXFP4(words, scales, rows, columns, order, 0)
+
+experts = Experts(weight(2 * INTER, HIDDEN, RowOrder.INTERLEAVED), zeros(2, 2 * INTER),
+                  weight(HIDDEN, INTER, RowOrder.PLAIN), zeros(2, HIDDEN))
+layer = MoEWeights(zeros(HIDDEN), 1e-5, zeros(2, HIDDEN), zeros(2), experts, TOP_K)
+h = zeros(16, HIDDEN)
+kernels = []
+
+def note(kernel):
+    if kernel.module is None:
+        kernel.module = "loaded"
+        kernel._run = lambda *args: None
+        with open("k.ptx", "w") as file:
+            file.write(kernel.asm["ptx"])
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "k.ptx", "-o", "k"]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+        names = kernel.src.fn.arg_names
+        constants = {names[i[0]]: value for i, value in kernel.src.constants.items()}
+        kernels.append({
+            "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
+            "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+            "registers": int(re.search(r"Used (\\d+) registers", told)[1]),
+            "stack": int(re.search(r"(\\d+) bytes stack frame", told)[1]),
+            "serialized": "serialized" in told,
+            "first_access": re.search(r"griddepcontrol.wait|ld.global|st.global|cp.async",
+                                      kernel.asm["ptx"])[0],
+            "products": sorted(set(re.findall(r"wgmma|mma\\.sync", kernel.asm["ptx"]))),
+        })
+
+CompiledKernel._init_handles = note
+tokens = [1 << i for i in range(14)]
+tiles = {choose(Problem(m * TOP_K, experts)) for m in tokens for experts in (32, 128)}
+tiles |= {way for m in SIZES for way in list(ways(choose(Problem(m * TOP_K, 32))))[-1:]}
+for choice in tiles:
+    buffers = own_buffers(len(h), layer, "cpu", choice)
+    gate_up_matmul(layer, buffers)
+    counters, ids = buffers.sum_counters, buffers.routing.expert_ids
+    whole = None if counters is None else TokenSum(ids, range(2), h, h, counters)
+    down_matmul(layer, buffers, token_sum=whole)
+print(json.dumps(kernels))
+"""
+
+
+def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    process = run_script(SCRIPT, tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    kernels = json.loads(process.stdout.splitlines()[-1])
+    assert len(kernels) > 12
+    for kernel in kernels:
+        assert not kernel["serialized"], kernel
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["products"] == ["wgmma"], kernel
+    early = [kernel for kernel in kernels if kernel["constants"]["EARLY"]]
+    assert len(early) == 2
+    for kernel in early:  # nothing is read or written that the kernel before may still work on
+        assert kernel["first_access"] == "griddepcontrol.wait", kernel
