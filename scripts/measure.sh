@@ -74,6 +74,6 @@ for stage in "${stages[@]}"; do
   "$stage" 2>&1 | tee "$out/$stage.log" || failed+=("$stage")
   echo "== $stage took $SECONDS s"
 done
-grep -hE '^(FAILED|ERROR) ' "$out/tests.log" 2>/dev/null | cut -c1-200
+grep -hE '^(FAILED|ERROR) ' "$out/tests.log" 2>/dev/null | cut -c1-200 | head -40
 echo "== failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]
