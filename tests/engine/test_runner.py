@@ -54,8 +54,12 @@ chosen = random.Random(0)
 with torch.inference_mode():
     for _ in range(150):
         n = int(TOKENS ** chosen.random())
+        seqs = chosen.choice([1, chosen.randint(1, min(n, SEQS))])
+        each = n // seqs
+        n = seqs * each
         outputs = min(n, chosen.choice([0, 1, 2, SEQS, chosen.randint(0, SEQS + MAX_SCORED_ROWS)]))
-        rows = replace(FlatRows.idle(1, n, 2, -(-n // 16)), output_rows=np.arange(outputs))
+        idle = FlatRows.idle(seqs, each, 2, -(-each // 16))
+        rows = replace(idle, output_rows=np.arange(outputs))
         lora = runner._idle_lora(rows, chosen.random() < 0.6)
         model.forward(runner._batch(rows, lora=lora))
 counts.append({name: len(keys) for name, keys in kernels.items()})

@@ -39,7 +39,8 @@ def test_nobody_waits() -> None:
         placed = [upload([np.full(1000, i)], torch.device("cuda"))[0] for i in range(50)]
         return [Download([tensor]) for tensor in placed]
 
-    for download in both_ways():  # from now on there is pinned memory to take
+    # from now on there is pinned memory for 50 uploads beside 50 downloads
+    for download in [*both_ways(), *both_ways()]:
         download.read()
     busy = torch.randn(8192, 8192, device="cuda")
     torch.cuda.set_sync_debug_mode("error")

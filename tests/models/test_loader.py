@@ -45,6 +45,12 @@ def test_float32_is_of_the_cpu(tmp_path: Path) -> None:
         load_model(random_checkpoint(tmp_path, seed=0), device="cuda", dtype="float32")
 
 
+def test_a_gpu_has_no_number(tmp_path: Path) -> None:
+    """Kernels are launched on the current device, which is the first."""
+    with pytest.raises(ConfigError, match="--device is cuda:1; it must be auto, cpu or cuda"):
+        load_model(random_checkpoint(tmp_path, seed=0), device="cuda:1")
+
+
 @pytest.mark.gpu
 def test_too_little_gpu_memory_is_told_before_reading(tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path, seed=0, vocab_size=200_000)  # two tables of 25 MB

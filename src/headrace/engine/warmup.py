@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,18 +50,21 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
             compiling = _compile_mode(pool)
             with nothing_launched(), compiling:
                 dry_run()
-            kernels = [future.result() for future in compiling.future_kernels.values()]
-            list(pool.map(lambda kernel: kernel.run, kernels))  # loads it
     except OSError as error:
         raise ConfigError(
             f"compiled kernels can't be kept, set TRITON_CACHE_DIR: {error}"
         ) from None
-    return WarmUp(len(kernels), sum(compiled), time.perf_counter() - start)
+    return WarmUp(len(compiling.future_kernels), sum(compiled), time.perf_counter() - start)
 
 
 def _compile_mode(pool: ThreadPoolExecutor) -> Any:
-    """While it is entered, kernels are compiled in the pool."""
+    """While it is entered, kernels are compiled and loaded in the pool."""
     from triton import AsyncCompileMode
+
+    def load(compile_kernel: Any) -> Any:
+        kernel = compile_kernel()
+        _ = kernel.run  # loads it; the first time it runs a C compiler, too
+        return kernel
 
     class CompileMode(AsyncCompileMode):
         def submit(self, key: str, compile_kernel: Any, finish: Any) -> Any:
@@ -69,7 +73,7 @@ def _compile_mode(pool: ThreadPoolExecutor) -> Any:
             The layers of a model launch the same kernels; without this each launch would work out
             the kernel's key on disk, ten times as long as the rest of it.
             """
-            future = super().submit(key, compile_kernel, finish)
+            future = super().submit(key, partial(load, compile_kernel), finish)
             finish(future)
             return future
 

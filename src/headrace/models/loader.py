@@ -56,7 +56,7 @@ def load_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda"):  # another than the first GPU: by CUDA_VISIBLE_DEVICES
         raise ConfigError(f"--device is {device}; it must be auto, cpu or cuda")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
