@@ -75,14 +75,16 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 def test_launches_after_the_warm_up_compile_nothing_and_compute() -> None:
     from headrace.engine.warmup import counted_compiles, warm_up
     from headrace.ops.norm import rms_norm
+    from headrace.ops.norm_kernel import rms_norm_kernel
 
+    rms_norm_kernel.device_caches.clear()  # other tests of this process have launched it
     device = torch.device("cuda")
     x = torch.randn(5, 2880, device=device).bfloat16()
     weight = torch.ones(2880, device=device).bfloat16()
     out = torch.full_like(x, 77)
     done = warm_up(lambda: rms_norm(x, weight, 1e-5, out=out), device)
     torch.cuda.synchronize()
-    assert done.num_kernels >= 1
+    assert done.num_kernels == 1
     assert (out == 77).all()
     with counted_compiles() as compiled:
         rms_norm(x, weight, 1e-5, out=out)
