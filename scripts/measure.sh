@@ -25,7 +25,7 @@ checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$
 # largest files first; one file fills the GPU's memory, and runs after the others.
 gpu_tests() {
   xargs -P "${JOBS:-8}" -I{} bash -c '
-    told=$(timeout "$TEST_LIMIT" python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) \
+    told=$(timeout -s INT -k 30 "$TEST_LIMIT" python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) \
       && ok=0 || ok=1
     printf "== %s\n%s\n" "{}" "$told"
     exit $ok'
