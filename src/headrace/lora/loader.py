@@ -62,7 +62,8 @@ class Loader:
 
     def _read(self, path: Path) -> Adapter:
         targets = self._memory.targets.values()
-        return read_adapter(path, targets, self._base, self._memory.weights.max_rank)
+        with torch.cuda.stream(self._stream):  # base tensors are compared there, beside the steps
+            return read_adapter(path, targets, self._base, self._memory.weights.max_rank)
 
     def _read_again(self, files: Files) -> Adapter:
         if file_stamp(files.path) != files.stamp:

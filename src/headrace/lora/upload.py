@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**22  # a step's own copies wait for one of these at most
 NUM_HELPERS = 4
 
 
