@@ -9,6 +9,9 @@ import pytest
 
 from tests.fake_gpu import SHARED_MEMORY, run_script
 
+SM_MEMORY = 228 * 1024  # bytes of an SM
+RESERVED = 1024  # of them for each program, by CUDA
+
 SCRIPT = """
 import json, re, subprocess
 import torch, triton
@@ -87,6 +90,9 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["products"] == ["wgmma"], kernel
+        if kernel["constants"]["BLOCK_M"] == 128 and kernel["warps"] == 4:
+            # two programs on an SM: one decodes while the other multiplies
+            assert (kernel["shared"] + RESERVED) * 2 <= SM_MEMORY, kernel
     early = [kernel for kernel in kernels if kernel["constants"]["EARLY"]]
     assert len(early) == 2
     for kernel in early:  # nothing is read or written that the kernel before may still work on
