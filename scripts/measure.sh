@@ -24,6 +24,7 @@ checkpoint() { [ -e "$MODEL/config.json" ] || headrace bench synth --size 20b "$
 # A process for each file that has some: an error of the GPU ends no other file's tests. The
 # largest files first; one file fills the GPU's memory, and runs after the others.
 gpu_tests() {
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}  # many processes: more threads would wait in turns
   xargs -P "${JOBS:-8}" -I{} bash -c '
     told=$(timeout -s INT -k 30 "$TEST_LIMIT" python3 -m pytest -m gpu --tb short --durations 5 "{}" 2>&1) \
       && ok=0 || ok=1
