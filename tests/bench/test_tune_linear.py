@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from headrace.bench.cases_linear import LAYERS
 from headrace.bench.results import fastest
-from headrace.bench.tune_linear import PROBLEM, SIZES, LinearTuneRow, candidates
+from headrace.bench.tune_linear import PROBLEM, SIZES, LinearTuneRow, candidates, error_of
 from headrace.ops.linear_tiles import LinearProblem, choose
 
 
@@ -27,3 +28,9 @@ def test_fastest():
         for layer, m, us, stages in timed
     ]
     assert fastest(rows, PROBLEM) == rows[1:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the device is no error")
+def test_an_error_of_the_device_is_told_as_a_tiles_own():
+    told = error_of(LAYERS[0], choose(LinearProblem(1, 5120, 2880)))
+    assert "CUDA" in told or "NVIDIA" in told

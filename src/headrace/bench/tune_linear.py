@@ -251,11 +251,12 @@ def compile_tiles(
 ) -> dict[tuple[Layer, LinearTile], str]:
     """Fill the kernel cache on all cores, a second or so a tile; the broken ones and why."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        errors = dict(zip(jobs, pool.map(_error_of, *zip(*jobs, strict=True)), strict=True))
+        errors = dict(zip(jobs, pool.map(error_of, *zip(*jobs, strict=True)), strict=True))
     return {job: error for job, error in errors.items() if error}
 
 
-def _error_of(layer: Layer, tile: LinearTile) -> str:
+def error_of(layer: Layer, tile: LinearTile) -> str:
+    """What is wrong with a tile, or ""; one that breaks the device breaks those after it, too."""
     part = replace(layer, out_features=8 * tile.rows)  # the same kernel, and little memory
     try:
         calls = random_calls(part, random_weights(part, torch.device("cuda")), tile.block_m + 1)
