@@ -193,7 +193,7 @@ class LoraPool(Generic[R]):
         if len(self._in_cpu) + len(self._keeps) < self._max_cpu_loras:
             self._begin_keep(lora, adapter)
         else:
-            lora.adapter = None  # it stays on disk until it is wanted
+            self._let_go(lora)  # it stays on disk until it is wanted
         self._announce(lora, news)
 
     def _check_size(self, num_elements: int) -> None:
@@ -219,11 +219,13 @@ class LoraPool(Generic[R]):
     def _finish_keep(self, lora: Lora[R], future: Future[Adapter]) -> None:
         """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
         try:
-            lora.adapter = future.result()
+            kept = future.result()
         except Exception as error:
             log.warning("adapter %s stays on disk: %s", lora.name, error)
             lora.adapter = None
             return
+        self._let_go(lora)
+        lora.adapter = kept
         if lora.retired:
             self._drop_if_idle(lora)
         if lora.adapter is not None:
@@ -232,8 +234,14 @@ class LoraPool(Generic[R]):
         spare = [x for x in self._in_cpu if x is not lora and x not in self._copies]
         spare.sort(key=lambda x: x.last_used)
         for other in spare[: max(0, len(self._in_cpu) - self._max_cpu_loras)]:
-            other.adapter = None
+            self._let_go(other)
             self._in_cpu.remove(other)
+
+    def _let_go(self, lora: Lora[R]) -> None:
+        """Forget what CPU memory holds of an adapter; the device and the disk have it still."""
+        if lora.adapter is not None:
+            self._loader.drop(lora.adapter)
+        lora.adapter = None
 
     # Turns
 
@@ -323,7 +331,7 @@ class LoraPool(Generic[R]):
             self._evict(lora)
         if lora in self._in_cpu:
             self._in_cpu.remove(lora)
-        lora.adapter = None
+        self._let_go(lora)
 
     # Copying
 
