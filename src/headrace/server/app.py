@@ -189,7 +189,7 @@ async def answer(request: Request, body: Any, kind: type[Chat] | type[Completion
     serving.check_model(body.model)
     serving.check_ready()
     # In a thread: a prompt of megabytes takes a second to tokenize, and nobody else waits for it.
-    work = await asyncio.to_thread(kind, serving, body)
+    work: Chat | Completion = await asyncio.to_thread(kind, serving, body)
     serving.metrics.n.observe(body.n)
     if body.stream:
         return EventStream(work.stream())
