@@ -33,8 +33,7 @@ def test_helpers_compute_alone() -> None:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with upload.helpers() as pool:
-            assert pool.submit(torch.get_num_threads).result() == 1
+        assert upload.helpers().submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(num_threads)

@@ -283,8 +283,7 @@ class _Reader:
 
     def _refuse_nan(self) -> None:
         """Read every value, and so every page of the file: most of the time that a load takes."""
-        with helpers() as pool:
-            found = list(pool.map(torch.aminmax, self._read.values()))
+        found = list(helpers().map(torch.aminmax, self._read.values()))
         for name, ends in zip(self._read, found, strict=True):
             if not all(end.isfinite() for end in ends):
                 self._refuse(name, "it holds NaN or infinity")

@@ -39,13 +39,12 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
     """
     errors: dict[str, float] = {}
     found: list[tuple[Tensor, Future[Tensor], LoraSite, Site]] = []
-    with helpers() as pool:  # beside the device
-        for site, targets in zip(sites_of(weights), sites, strict=True):
-            factors = [adapter.factors.get(t.key) for t in targets.targets]
-            if any(factors):
-                trial = try_site(site, weights, slot)
-                wanted = pool.submit(expected_deltas, trial, factors, site.widths)
-                found.append((trial.got, wanted, site, targets))
+    for site, targets in zip(sites_of(weights), sites, strict=True):
+        factors = [adapter.factors.get(t.key) for t in targets.targets]
+        if any(factors):
+            trial = try_site(site, weights, slot)
+            expected = helpers().submit(expected_deltas, trial, factors, site.widths)
+            found.append((trial.got, expected, site, targets))  # meanwhile the device goes on
     for got, expected, site, targets in found:
         errors |= errors_of(got, expected.result(), targets, site.widths)
     worst = max(errors, key=lambda key: errors[key])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 
@@ -42,9 +44,18 @@ class Uploader:
         return copy.as_strided(source.shape, source.stride())
 
 
+@functools.cache
 def helpers() -> ThreadPoolExecutor:
-    """A few threads for a load's work on the CPU."""
-    return ThreadPoolExecutor(NUM_HELPERS, "lora-helper", initializer=compute_alone)
+    """A few threads for a load's work on the CPU.
+
+    All begin here: a thread's stack is mapped under Python's lock, and waits for those that already
+    map a file.
+    """
+    pool = ThreadPoolExecutor(NUM_HELPERS, "lora-helper", initializer=compute_alone)
+    all_there = threading.Barrier(NUM_HELPERS)
+    for future in [pool.submit(all_there.wait) for _ in range(NUM_HELPERS)]:
+        future.result()
+    return pool
 
 
 def compute_alone() -> None:
