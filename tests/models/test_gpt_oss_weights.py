@@ -252,3 +252,18 @@ def test_a_checkpoint_on_the_gpu_is_the_one_on_the_cpu(tmp_path: Path) -> None:
             weight = getattr(b.moe.experts, proj)
             assert torch.equal(blocks.cpu(), weight.blocks)
             assert torch.equal(scales.cpu(), weight.scales)
+
+
+def test_no_weight_is_put_into_the_memory_of_a_larger_tensor(tmp_path: Path) -> None:
+    """What is left of it would fit no other layer's: the allocator does not move anything."""
+    path = random_checkpoint(tmp_path, seed=0)
+    names: list[str] = []
+
+    class Watched(Checkpoint):
+        def read(self, name: str) -> Tensor:
+            names.append(name)
+            return super().read(name)
+
+    load_gpt_oss(read_config(path), Watched(path), torch.bfloat16, gpu_layout=True)
+    down, gate_up = (names.index(f"{EXPERTS}.{p}_proj_blocks") for p in ("down", "gate_up"))
+    assert down < gate_up

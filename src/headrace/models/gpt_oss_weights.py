@@ -173,11 +173,13 @@ def _read_layer(
             eps=config.rms_norm_eps,
             router=read("mlp.router.weight"),
             router_bias=read("mlp.router.bias"),
+            # down first: it would be put into the memory that gate_up came in, and what is left
+            # of that fits no other layer's (13 GB of gpt-oss-120b on a GPU)
             experts=Experts(
-                gate_up=read_experts("gate_up"),
-                gate_up_bias=read("mlp.experts.gate_up_proj_bias"),
                 down=read_experts("down"),
                 down_bias=read("mlp.experts.down_proj_bias"),
+                gate_up=read_experts("gate_up"),
+                gate_up_bias=read("mlp.experts.gate_up_proj_bias"),
                 alpha=config.swiglu_alpha,
                 limit=config.swiglu_limit,
             ),
