@@ -36,19 +36,18 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is la
 
 # Launches of one layer; those of a step beside them: before the layers, and after.
 LAYER = {
-    "rms_norm_kernel": 1,
     "linear_kernel": 2,  # q, k, v; output
     "rope_and_cache_kernel": 1,
     "attention_kernel": 1,
     "router_kernel": 1,
     "grouped_matmul_kernel": 2,
-    "weighted_sum_kernel": 1,
+    "weighted_sum_kernel": 1,  # and the norm of the next layer
 }
 STEP = {
     "embed_kernel": 1,
     "cos_sin_kernel": 1,
     "aten::index_select": 1,  # the rows that have logits
-    "rms_norm_kernel": 1,
+    "rms_norm_kernel": 2,  # before the first layer; of the rows that have logits
     "linear_kernel": 1,  # LM head
 }
 # What adapters add, however many: x A^T is a launch of its own, and so is its product with B

@@ -19,7 +19,7 @@ from triton.compiler.compiler import CompiledKernel
 from headrace.bench.tune_launches import SIZES, ways
 from headrace.ops.experts import Experts
 from headrace.ops.moe import MoEWeights, own_buffers
-from headrace.ops.moe_kernel import TokenSum, down_matmul, gate_up_matmul
+from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder
 from headrace.ops.tiles import Problem, choose
 from tests import fake_gpu
@@ -72,9 +72,7 @@ tiles |= {way for m in SIZES for way in list(ways(choose(Problem(m * TOP_K, 32))
 for choice in tiles:
     buffers = own_buffers(len(h), layer, "cpu", choice)
     gate_up_matmul(layer, buffers)
-    counters, ids = buffers.sum_counters, buffers.routing.expert_ids
-    whole = None if counters is None else TokenSum(ids, range(2), h, h, counters)
-    down_matmul(layer, buffers, token_sum=whole)
+    down_matmul(layer, buffers)
 print(json.dumps(kernels))
 """
 

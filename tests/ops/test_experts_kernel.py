@@ -7,14 +7,10 @@ import torch
 
 from headrace.ops import experts_kernel, mxfp4, routing_kernel, sort_kernel
 from headrace.ops.experts import Activation
-from headrace.ops.experts_kernel import (
-    Ahead,
-    DenseWeight,
-    TokenSum,
-    grouped_matmul,
-)
+from headrace.ops.experts_kernel import Ahead, DenseWeight, grouped_matmul
 from headrace.ops.mxfp4_kernel import RowOrder, prepare
 from headrace.ops.tiles import MoETiles, Problem, Tile, choose
+from headrace.ops.weighted_sum_kernel import weighted_sum
 
 gpu = pytest.mark.gpu
 SIZES = (1, 2, 3, 7, 16, 17, 127, 128, 129, 1000, 4096)
@@ -91,22 +87,16 @@ def run_layer(
     h = x.new_full((ids.numel(), gate_up.out_features // 2), float("nan"))
     y = x.new_full((ids.numel(), x.shape[1]), float("nan"))
     out = torch.full_like(x, float("nan"))
-    ahead = token_sum = None
-    if tiles.sum_in_down:
-        counters = torch.full((64,), 77, dtype=torch.int32, device=x.device)
-        ahead = Ahead(down, tiles.ahead_bytes, counters)
-        token_sum = TokenSum(ids, local, residual, out, counters)
     experts_kernel.grouped_matmul(
         x, gate_up, biases[0], slots, tiles.gate_up, h, top_k, True,
-        activation=Activation.SWIGLU_OAI, low_rank=shrink and shrink(0, x, slots), ahead=ahead,
+        activation=Activation.SWIGLU_OAI, low_rank=shrink and shrink(0, x, slots),
+        ahead=Ahead(down, tiles.ahead_bytes),
     )  # fmt: skip
     experts_kernel.grouped_matmul(
         h, down, biases[1], slots, tiles.down, y, top_k, False, slot_weights=weights.view(-1),
-        low_rank=shrink and shrink(1, h, slots), token_sum=token_sum,
+        low_rank=shrink and shrink(1, h, slots),
     )  # fmt: skip
-    if token_sum:
-        return out
-    return experts_kernel.weighted_sum(y, ids, local, residual, out)
+    return weighted_sum(y, ids, local, residual, out)
 
 
 def routing(num_tokens, num_experts, top_k, device, kind="spread"):
@@ -174,24 +164,6 @@ def test_interpreted_wide_tiles(order):
 
 
 @interpreted
-@pytest.mark.parametrize(("num_tokens", "kind"), [(1, "spread"), (6, "remote")])
-def test_interpreted_sum_in_the_second_matmul(num_tokens, kind):
-    weights = Weights(6, 160, 96, "cpu")
-    x, residual = torch.randn(num_tokens, 160), torch.randn(num_tokens, 160)
-    ids, routing_weights = routing(num_tokens, 6, 2, "cpu", kind)
-    biases = (weights.gate_up_bias.float(), weights.down_bias.float())
-    tile = Tile(16, 64)
-    apart, fused = MoETiles(tile, tile), MoETiles(tile, tile, sum_in_down=True)
-    call = (x, ids, routing_weights, weights.kernel_weights(), biases)
-    out = run_layer(*call, fused, 6, residual)
-    assert torch.equal(out, run_layer(*call, apart, 6, residual))
-    expected = weights.reference(x, ids, routing_weights) + residual.double()
-    largest, rms = errors(out, expected)
-    assert largest < TIGHT["largest"]
-    assert rms < TIGHT["rms"]
-
-
-@interpreted
 def test_interpreted_dense_weights_without_activation():
     weights = Weights(3, 96, 64, "cpu")
     dense = DenseWeight(mxfp4.dequantize(*weights.gate_up, torch.float32), RowOrder.INTERLEAVED)
@@ -252,7 +224,7 @@ def test_no_tile_is_asked_for_beyond_its_end():
     """What lies behind the last one may belong to nobody."""
     _, down = Weights(3, 96, 160, "cpu").kernel_weights()
     for asked, tile_bytes in ((4096, 4096), (23 * 4096, 2 * 4096)):
-        arguments = experts_kernel._ahead_arguments(Ahead(down, asked, None), hopper=True)
+        arguments = experts_kernel._ahead_arguments(Ahead(down, asked), hopper=True)
         assert arguments[2:5] == (2, 2, tile_bytes)
 
 
@@ -328,8 +300,8 @@ def test_a_token_has_the_same_bits_in_every_batch(small):
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 16, 33])
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("ahead_bytes", [0, 4096, 23 * 4096])
-def test_fused_launches_give_the_same_bits(small, num_tokens, early, ahead_bytes):
-    """The sum in the second matmul, its weights brought into L2, its launch before the end."""
+def test_overlapping_launches_give_the_same_bits(small, num_tokens, early, ahead_bytes):
+    """Weights brought into L2 before their use, a launch before the end of the one before."""
     x, residual = (torch.randn(num_tokens, 2880, device="cuda").bfloat16() for _ in "12")
     ids, weights = routing(num_tokens, 32, 4, "cuda", "remote" if num_tokens == 33 else "spread")
     biases = (small.gate_up_bias, small.down_bias)
@@ -337,9 +309,9 @@ def test_fused_launches_give_the_same_bits(small, num_tokens, early, ahead_bytes
     tile = Tile(16, 64, num_stages=5)
     apart = run_layer(*call, MoETiles(tile, tile), 32, residual)
     early_tile = replace(tile, early=early, prefetch_bytes=ahead_bytes)
-    fused = MoETiles(early_tile, early_tile, ahead_bytes, sum_in_down=True)
+    overlapping = MoETiles(early_tile, early_tile, ahead_bytes)
     for _ in range(5):
-        assert torch.equal(run_layer(*call, fused, 32, residual), apart)
+        assert torch.equal(run_layer(*call, overlapping, 32, residual), apart)
 
 
 @gpu
@@ -394,7 +366,7 @@ def test_nothing_is_allocated_and_a_graph_replays(small):
             h, kernel_weights[1], small.down_bias, buffers.sorted, tiles.down, y, 4, False,
             slot_weights=buffers.expert_weights.view(-1),
         )  # fmt: skip
-        experts_kernel.weighted_sum(y, buffers.expert_ids, range(32), summed, out)
+        weighted_sum(y, buffers.expert_ids, range(32), summed, out)
 
     bias = router[:, 0].contiguous()
     step()

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headrace.ops import attention_kernel, rope_kernel
 from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel
-from headrace.ops import routing_kernel, sampling_kernel, sort_kernel
+from headrace.ops import routing_kernel, sampling_kernel, sort_kernel, weighted_sum_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
@@ -64,24 +64,18 @@ LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_pt
                "part_stride", "max_rank"]
 NEXT_MATMUL = ["next_words_ptr", "next_scales_ptr", "next_tiles_n", "next_tiles_k",
                "next_tile_bytes"]
-TOKEN_SUM = ["sum_ptr", "residual_ptr", "expert_ids_ptr", "counters_ptr", "num_tokens",
-             "first_expert", "num_local"]
 
 def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False, fused=False):
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
         LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=min(64, 2048 // block_m),
-        NUM_COUNTERS=64 if fused and first else 0, EARLY=fused and capability == 90,
+        EARLY=fused and capability == 90,
         PREFETCH_BYTES=32768 if fused and capability == 90 else 0)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
     if not (fused and first and capability == 90):
         constants |= dict.fromkeys(NEXT_MATMUL)
-    if not (fused and first):
-        constants |= {"next_counters_ptr": None}
-    if not fused or first:
-        constants |= dict.fromkeys(TOKEN_SUM)
     return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
                           stages, weight="*i32" if mxfp4 else "*bf16",
                           parts="*fp32" if block_m == 16 else "*bf16")
@@ -128,13 +122,13 @@ def linear(capability, num_tokens, out_features, in_features, has_tma, lm_head=F
                      BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                      ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)
     if not tile.tma:
-        constants |= dict.fromkeys(["x_desc", "weight_desc", "next_ptr"])
+        constants |= dict.fromkeys(["x_desc", "weight_desc"])
     if lm_head:
         constants |= dict.fromkeys(["bias_ptr", "residual_ptr"])
     first = "1, " if tile.rows < tile.block_n else ""
     return compile_kernel(
         linear_kernel.linear_kernel, capability, constants, tile.num_warps, tile.num_stages,
-        out="*fp32" if lm_head else "*bf16", next="*bf16",
+        out="*fp32" if lm_head else "*bf16",
         x_desc=f"tensordesc<bf16[{tile.block_m}, {tile.block_k}]>",
         weight_desc=f"tensordesc<bf16[{first}{tile.block_n}, {tile.block_k}]>")
 
@@ -198,12 +192,11 @@ def all_kernels(capability):
         results["mxfp4 128"] = matmul(capability, True, True, 128, 128, 8, 3)
     else:
         results["mxfp4 64"] = matmul(capability, True, True, 64, 64, 4, 3)
-    results["sum"] = compile_kernel(experts_kernel.weighted_sum_kernel, capability,
-                                    dict(TOP_K=4, BLOCK=1024))
+    next_start = dict(LET_NEXT_START=capability == 90)
+    results["sum"] = compile_kernel(weighted_sum_kernel.weighted_sum_kernel, capability,
+                                    dict(TOP_K=4, BLOCK=4096) | next_start, 8)
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
-                                     dict(LET_NEXT_START=capability == 90, BLOCK=4096)
-                                     | ({} if capability == 90 else {"next_ptr": None}), 8,
-                                     next="*bf16")
+                                     dict(BLOCK=4096) | next_start, 8)
     for experts in (32, 128):
         # 1, 16, 128 tokens, and more
         for split, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):

@@ -43,12 +43,12 @@ class Layer:
         self.residual = normal(num_tokens, out_features) if residual else None
         self.out_dtype = out_dtype
 
-    def run(self, rows=slice(None), tile=None, next_weight=None):
+    def run(self, rows=slice(None), tile=None):
         """The kernel on some rows of x."""
         x = self.x[rows]
         residual = None if self.residual is None else self.residual[rows]
         out = x.new_full((len(x), len(self.weight)), float("nan"), dtype=self.out_dtype)
-        return linear_kernel.linear(x, self.weight, self.bias, residual, out, next_weight, tile)
+        return linear_kernel.linear(x, self.weight, self.bias, residual, out, tile)
 
     def exact(self):
         y = self.x.double() @ self.weight.double().T
@@ -190,16 +190,6 @@ def test_gpu_no_tile_changes_a_bit():
         tiles += [replace(tile, early=True) for tile in (tiles[0], tiles[5])]
     for tile in tiles:
         assert torch.equal(layer.run(tile=tile), whole), tile
-
-
-@gpu
-def test_gpu_next_weight_is_left_as_it_is():
-    layer = Layer(5, *OUTPUT)
-    for shape in ((5120, 2880), (8, 1), (50, 77), (33, 8)):  # one of them is never asked for
-        next_weight = torch.randn(shape, device="cuda").bfloat16()
-        before = next_weight.clone()
-        assert torch.equal(layer.run(next_weight=next_weight), layer.run())
-        assert torch.equal(next_weight, before)
 
 
 @gpu

@@ -12,6 +12,7 @@ from headrace.bench.exact_moe import exact_layer, relative_errors
 from headrace.ops.experts import Activation, Experts
 from headrace.ops.moe import MoEWeights, moe_layer
 from headrace.ops.mxfp4 import MXFP4Weight
+from headrace.ops.norm import NextNorm, rms_norm
 
 
 def random_layer(
@@ -71,6 +72,17 @@ def test_equals_float64(name: str, num_tokens: int) -> None:
     got = moe_layer(h, layer, out=out)
     assert got is out
     torch.testing.assert_close(got.double(), exact_layer(h, layer), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_the_next_norm_is_that_of_the_sum(num_tokens: int) -> None:
+    layer, h = variants()["gpt-oss"], torch.randn(num_tokens, 160)
+    next_norm = NextNorm(torch.randn(160), 1e-2, torch.full_like(h, float("nan")))
+    out = moe_layer(h, layer, next_norm=next_norm)
+    assert torch.equal(out, moe_layer(h, layer))
+    assert torch.equal(next_norm.out, rms_norm(out, next_norm.weight, 1e-2))
+    with pytest.raises(ValueError, match=r"out has shape \(2, 160\)"):
+        moe_layer(h, layer, next_norm=replace(next_norm, out=torch.empty(2, 160)))
 
 
 @pytest.mark.parametrize("change", ["norm", "bias", "residual", "activation", "renormalize"])

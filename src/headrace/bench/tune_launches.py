@@ -35,7 +35,6 @@ class LaunchRow:
     early_down: bool
     prefetch_bytes: int
     ahead_bytes: int
-    sum_in_down: bool
 
 
 def run_tune_launches(console: Console, sizes: Sequence[int], out: Path) -> None:
@@ -85,19 +84,16 @@ def time_way(
     us = time_us(Case("moe_layer", {}, num_tokens, step.layer, step.check_layer, 0.0, 0.0))
     early = tiles.gate_up.early, tiles.down.early
     ahead = tiles.gate_up.prefetch_bytes, tiles.ahead_bytes
-    return LaunchRow(num_tokens, round(us, 1), *early, *ahead, tiles.sum_in_down)
+    return LaunchRow(num_tokens, round(us, 1), *early, *ahead)
 
 
 def ways(tiles: MoETiles) -> Iterator[MoETiles]:
     """The plain launches first, then every mixture."""
     early = ((False, False), (False, True), (True, True))
     own, ahead = (0, TILE_BYTES), (0, 32768, TILE_BYTES)
-    for (gate_up, down), prefetch, ahead_bytes, sum_in_down in product(
-        early, own, ahead, (False, True)
-    ):
+    for (gate_up, down), prefetch, ahead_bytes in product(early, own, ahead):
         yield MoETiles(
             replace(tiles.gate_up, early=gate_up, prefetch_bytes=prefetch),
             replace(tiles.down, early=down, prefetch_bytes=prefetch),
             ahead_bytes,
-            sum_in_down,
         )

@@ -48,7 +48,7 @@ class LinearTuneRow:
 
     layer: str
     m: int  # tokens
-    what: str  # linear, cublas, norms+linear or norms+prefetch+linear
+    what: str  # linear, cublas or norms+linear
     us: float
     tb_per_s: float
     tflop_per_s: float
@@ -116,10 +116,8 @@ def tune(
 def _tune_after_norms(layer: Layer, calls: Calls, tile: LinearTile) -> Iterator[LinearTuneRow]:
     num_norms = NORMS_BEFORE[layer.name]
     for tried in (tile, replace(tile, early=True)):
-        run = _after_norms(calls, tried, num_norms, prefetch=False)
+        run = _after_norms(calls, tried, num_norms)
         yield _timed(layer, calls, "norms+linear", run, tried)
-    run = _after_norms(calls, tile, num_norms, prefetch=True)
-    yield _timed(layer, calls, "norms+prefetch+linear", run, tile)
 
 
 def candidates(problem: LinearProblem) -> list[LinearTile]:
@@ -223,15 +221,13 @@ def _with_cublas(calls: Calls) -> Callable[[int], Tensor]:
     return run
 
 
-def _after_norms(
-    calls: Calls, tile: LinearTile, num_norms: int, prefetch: bool
-) -> Callable[[int], Tensor]:
+def _after_norms(calls: Calls, tile: LinearTile, num_norms: int) -> Callable[[int], Tensor]:
     normed = torch.empty_like(calls.inputs[0])
     norm_weight = torch.ones_like(normed[0])
 
     def run(i: int) -> Tensor:
         x, weight = calls.operands(i)
-        rms_norm(x, norm_weight, EPS, normed, weight if prefetch else None)
+        rms_norm(x, norm_weight, EPS, normed)
         for _ in range(num_norms - 1):
             rms_norm(normed, norm_weight, EPS, normed)
         return linear_kernel.linear(

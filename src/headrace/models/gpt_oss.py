@@ -16,7 +16,7 @@ from headrace.ops.embedding import embed
 from headrace.ops.linear import linear
 from headrace.ops.lora import LoraBuffers, LoraStep, lora_buffers
 from headrace.ops.moe import MoEBuffers, MoEWeights, moe_buffers, moe_layer
-from headrace.ops.norm import rms_norm
+from headrace.ops.norm import NextNorm, rms_norm
 from headrace.ops.rope import (
     rope_and_cache,
     rope_cos_sin,
@@ -55,7 +55,7 @@ class StepBuffers:
     """What a step writes on its way; the layers share it."""
 
     hidden: Tensor  # [num_tokens, hidden]: the residual stream
-    normed: Tensor  # [num_tokens, hidden]
+    normed: Tensor  # [num_tokens, hidden]: the norm of hidden that a layer's attention reads
     cos: Tensor  # [num_tokens, 1, head_dim / 2] float32
     sin: Tensor
     qkv: Tensor  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
@@ -110,6 +110,7 @@ class GptOss:
         Returns the logits of batch.output_rows, [num_outputs, vocab_size] float32, which the
         next step may overwrite.
         """
+        eps = self.config.rms_norm_eps
         buffers = self._step_buffers(len(batch.token_ids), len(batch.output_rows))
         h = embed(batch.token_ids, self.weights.embedding, batch.sampled, out=buffers.hidden)
         lora = LoraStep(batch.lora, buffers.lora) if batch.lora else None
@@ -117,11 +118,14 @@ class GptOss:
             lora.add_to_embedding(h, batch.token_ids, batch.sampled)
         rope = buffers.cos, buffers.sin
         rope_cos_sin(batch.positions, self._inv_freq, self._attention_factor, out=rope)
+        rms_norm(h, self.weights.layers[0].attention_norm, eps, out=buffers.normed)
         for i, layer in enumerate(self.weights.layers):
             self._attention(i, layer, h, batch, buffers, lora)
-            moe_layer(h, layer.moe, buffers.moe, out=h, lora=lora.moe(i) if lora else None)
+            next_norm = self._next_norm(i, buffers)
+            moe_lora = lora.moe(i) if lora else None
+            moe_layer(h, layer.moe, buffers.moe, out=h, lora=moe_lora, next_norm=next_norm)
         x = torch.index_select(h, 0, batch.output_rows, out=buffers.outputs)
-        rms_norm(x, self.weights.norm, self.config.rms_norm_eps, out=x)
+        rms_norm(x, self.weights.norm, eps, out=x)
         logits = linear(x, self.weights.lm_head, out=buffers.logits)
         if lora:
             lora.add_to_lm_head(logits, x)
@@ -136,10 +140,9 @@ class GptOss:
         buffers: StepBuffers,
         lora: LoraStep | None,
     ) -> None:
-        """h += attention(rms_norm(h)) W_o^T + b_o."""
-        config, kv_cache = self.config, batch.kv_cache[i]
+        """h += attention(x) W_o^T + b_o, for x = rms_norm(h) in buffers.normed."""
+        config, kv_cache, x = self.config, batch.kv_cache[i], buffers.normed
         group = batch.groups[self.kv_layout.group_of_layer[i]]
-        x = rms_norm(h, layer.attention_norm, config.rms_norm_eps, out=buffers.normed)
         qkv = linear(x, layer.qkv, layer.qkv_bias, out=buffers.qkv)
         if lora:
             lora.add_to_qkv(i, qkv, x)
@@ -169,6 +172,13 @@ class GptOss:
         linear(x, layer.output, layer.output_bias, residual=h, out=h)
         if lora:
             lora.add_to_output(i, h, x)
+
+    def _next_norm(self, i: int, buffers: StepBuffers) -> NextNorm | None:
+        """The norm after layer i: the next layer's. That before the LM head has fewer rows."""
+        if i + 1 == len(self.weights.layers):
+            return None
+        norm = self.weights.layers[i + 1].attention_norm
+        return NextNorm(norm, self.config.rms_norm_eps, buffers.normed)
 
     def _step_buffers(self, num_tokens: int, num_outputs: int) -> StepBuffers:
         if self._arena is None:

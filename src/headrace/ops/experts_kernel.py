@@ -156,62 +156,7 @@ def _prefetch_tiles(words_ptr, scales_ptr, expert, first, end, step, tiles_n, ti
         prefetch(scales_ptr + start * 64, tile_bytes // 16)
 
 
-@triton.jit
-def _sum_slots(
-    y_ptr,  # [num_tokens * TOP_K, hidden], already times the routing weights
-    expert_ids_ptr,  # [num_tokens, TOP_K] int32
-    residual_ptr,  # [num_tokens, hidden] or None
-    out_ptr,  # [num_tokens, hidden]
-    token,  # [T, 1] int64
-    column,  # [1, C]
-    mask,
-    hidden,
-    first_expert,
-    num_local,
-    TOP_K: tl.constexpr,
-):
-    """out[t] = residual[t] + sum_k y[t, k], k rising; skips slots of experts not held here."""
-    total = tl.zeros(mask.shape, tl.float32)
-    for k in tl.static_range(TOP_K):
-        local = tl.load(expert_ids_ptr + token * TOP_K + k, mask=mask, other=-1) - first_expert
-        held = mask & (local >= 0) & (local < num_local)
-        place = (token * TOP_K + k) * hidden + column
-        # other programs of this launch may have written y: .cg reads past L1
-        y = tl.load(y_ptr + place, mask=held, other=0.0, cache_modifier=".cg")
-        total += y.to(tl.float32)
-    place = token * hidden + column
-    if residual_ptr is not None:
-        total += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["first_expert", "num_local"])
-def weighted_sum_kernel(
-    y_ptr,  # [num_tokens * TOP_K, hidden]
-    expert_ids_ptr,  # [num_tokens, TOP_K] int32
-    residual_ptr,  # [num_tokens, hidden] or None
-    out_ptr,  # [num_tokens, hidden]
-    hidden,
-    first_expert,
-    num_local,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The sum over a token's slots, BLOCK columns of it."""
-    token = tl.full([1, 1], tl.program_id(0), tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    _sum_slots(
-        y_ptr, expert_ids_ptr, residual_ptr, out_ptr, token, column, column < hidden, hidden,
-        first_expert, num_local, TOP_K,
-    )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("num_blocks", "weight_factor", "alpha", "limit", "num_tokens", "first_expert"),
-        *("num_local", "next_tile_bytes"),
-    ]
-)
+@triton.jit(do_not_specialize=["num_blocks", "weight_factor", "alpha", "limit", "next_tile_bytes"])
 def grouped_matmul_kernel(
     x_ptr,  # [rows, in_features]
     weight_ptr,  # words of PreparedMXFP4, or [num_experts, out_features, in_features]
@@ -243,15 +188,6 @@ def grouped_matmul_kernel(
     next_tiles_n,
     next_tiles_k,
     next_tile_bytes,
-    next_counters_ptr,
-    # the sum over a token's slots, if sum_ptr is not None
-    sum_ptr,  # [num_tokens, out_features]
-    residual_ptr,  # [num_tokens, out_features] or None
-    expert_ids_ptr,  # [num_tokens, TOP_K] int32
-    counters_ptr,  # [programs a block] int32, zero
-    num_tokens,
-    first_expert,
-    num_local,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
     SCATTER: tl.constexpr,  # out row = slot and times the slot's weight, else the sorted row
@@ -266,7 +202,6 @@ def grouped_matmul_kernel(
     LORA: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    NUM_COUNTERS: tl.constexpr,
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
     PREFETCH_BYTES: tl.constexpr,  # of each tile of the weight, for L2, before anything is loaded
 ):
@@ -284,10 +219,6 @@ def grouped_matmul_kernel(
     if EARLY:
         gdc_wait()
     expert = tl.load(blocks_ptr + block * 4)
-    if next_counters_ptr is not None:  # noqa: SIM102 (Triton would evaluate both sides)
-        if pid == 0:
-            counter = tl.arange(0, NUM_COUNTERS)
-            tl.store(next_counters_ptr + counter, tl.zeros_like(counter))
     if expert >= 0:
         if PREFETCH_BYTES > 0:
             first = pid_n * (BLOCK_N // 64)
@@ -356,18 +287,6 @@ def grouped_matmul_kernel(
             acc = _activate(gate, up, alpha, limit, ACTIVATION)
         rounded = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + n[:, None], rounded, n_mask[:, None] & row_mask)
-    if sum_ptr is not None:
-        tl.debug_barrier()  # this program's part of y is written
-        arrived = tl.atomic_add(counters_ptr + pid_n, 1, sem="acq_rel", scope="gpu")
-        if arrived == num_blocks - 1:
-            column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-            for first in range(0, num_tokens, 4):
-                token = (first + tl.arange(0, 4)[:, None]).to(tl.int64)
-                _sum_slots(
-                    out_ptr, expert_ids_ptr, residual_ptr, sum_ptr, token, column,
-                    (token < num_tokens) & (column < out_features), out_features,
-                    first_expert, num_local, TOP_K,
-                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -376,21 +295,6 @@ class Ahead:
 
     weight: KernelWeight  # of the next one
     tile_bytes: int  # of each of its MXFP4 tiles of 64 rows, for L2 (sm_90); a multiple of 4096
-    counters: Tensor | None  # of its TokenSum, to be set to zero
-
-
-@dataclass(frozen=True)
-class TokenSum:
-    """out[t] = residual[t] + sum_k y[t, k], by the last program of each block of columns.
-
-    Bits and arguments are those of `weighted_sum`, whose launch it spares.
-    """
-
-    expert_ids: Tensor  # [num_tokens, top_k] int32
-    local: range  # experts held here
-    residual: Tensor | None  # [num_tokens, hidden]
-    out: Tensor  # [num_tokens, hidden]
-    counters: Tensor  # int32, one for 64 columns or more; zero, by an `Ahead` of the matmul before
 
 
 def grouped_matmul(
@@ -408,7 +312,6 @@ def grouped_matmul(
     limit: float = 7.0,
     low_rank: LowRank | None = None,
     ahead: Ahead | None = None,
-    token_sum: TokenSum | None = None,
 ) -> Tensor:
     """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
 
@@ -419,8 +322,6 @@ def grouped_matmul(
     _check(x, weight, bias, out, slots, activation)
     if low_rank is not None:
         _check_low_rank(low_rank, weight, len(slots.slots))
-    if token_sum is not None:
-        _check_token_sum(token_sum, out, top_k, weight.out_features, tile, slot_weights)
     if out.shape[0] == 0:
         return out
     if isinstance(weight, PreparedMXFP4):
@@ -449,7 +350,6 @@ def grouped_matmul(
         limit,
         *_low_rank_arguments(low_rank),
         *_ahead_arguments(ahead, hopper),
-        *_sum_arguments(token_sum),
         TOP_K=top_k,
         GATHER=gather,
         SCATTER=slot_weights is not None,
@@ -464,38 +364,12 @@ def grouped_matmul(
         LORA=low_rank is not None,
         NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts, tile.block_m),
-        NUM_COUNTERS=0 if ahead is None or ahead.counters is None else len(ahead.counters),
         EARLY=early,
         PREFETCH_BYTES=tile.prefetch_bytes if hopper and isinstance(weight, PreparedMXFP4) else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=early,
     )
-    return out
-
-
-def weighted_sum(
-    y: Tensor,  # [num_tokens * top_k, hidden]
-    expert_ids: Tensor,  # [num_tokens, top_k] int32
-    local: range,  # experts held here
-    residual: Tensor | None,  # [num_tokens, hidden]
-    out: Tensor,  # [num_tokens, hidden]
-) -> Tensor:
-    """out[t] = residual[t] + sum_k y[t, k], in float32 and in the order of k."""
-    num_tokens, hidden = out.shape
-    if num_tokens:
-        weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
-            y,
-            expert_ids,
-            residual,
-            out,
-            hidden,
-            local.start,
-            len(local),
-            TOP_K=expert_ids.shape[1],
-            BLOCK=1024,
-            num_warps=4,
-        )
     return out
 
 
@@ -513,23 +387,12 @@ def _low_rank_arguments(low_rank: LowRank | None) -> Arguments:
 
 
 def _ahead_arguments(ahead: Ahead | None, hopper: bool) -> Arguments:
-    if ahead is None:
-        return (None,) * 6
-    weight = ahead.weight
-    if not (hopper and ahead.tile_bytes and isinstance(weight, PreparedMXFP4)):
-        return (*(None,) * 5, ahead.counters)
+    weight = None if ahead is None else ahead.weight
+    if ahead is None or not (hopper and ahead.tile_bytes and isinstance(weight, PreparedMXFP4)):
+        return (None,) * 5
     tiles_n, tiles_k = weight.scales.shape[1:3]
     tile_bytes = min(ahead.tile_bytes, tiles_k * 4096)  # nothing beyond the last tile
-    return (weight.words, weight.scales, tiles_n, tiles_k, tile_bytes, ahead.counters)
-
-
-def _sum_arguments(token_sum: TokenSum | None) -> Arguments:
-    if token_sum is None:
-        return (None,) * 7
-    return (
-        token_sum.out, token_sum.residual, token_sum.expert_ids, token_sum.counters,
-        len(token_sum.out), token_sum.local.start, len(token_sum.local),
-    )  # fmt: skip
+    return (weight.words, weight.scales, tiles_n, tiles_k, tile_bytes)
 
 
 def _check(
@@ -569,20 +432,4 @@ def _check_low_rank(low_rank: LowRank, weight: KernelWeight, num_slots: int) -> 
         raise ValueError(
             f"low_rank has (in_features, widths, num_experts, rows) {found}; the weight and the "
             f"slots need {wanted}"
-        )
-
-
-def _check_token_sum(
-    token_sum: TokenSum,
-    y: Tensor,
-    top_k: int,
-    out_features: int,
-    tile: Tile,
-    slot_weights: Tensor | None,
-) -> None:
-    shape = (len(y) // top_k, out_features)
-    if slot_weights is None or tuple(token_sum.out.shape) != shape or tile.group_m != 1:
-        raise ValueError(
-            f"token_sum.out has shape {tuple(token_sum.out.shape)}; a sum needs {shape}, "
-            "slot_weights and a tile with group_m 1"
         )

@@ -19,21 +19,19 @@ def linear(
     bias: Tensor | None = None,  # [out_features]
     residual: Tensor | None = None,  # [num_tokens, out_features]
     out: Tensor | None = None,  # [num_tokens, out_features], x's dtype or float32; may be residual
-    next_weight: Tensor | None = None,  # any 16-bit weight that a later kernel reads
 ) -> Tensor:
     """y = x W^T + b + residual, summed in float32 in this order and rounded once.
 
     Returns out, or a new tensor of x's dtype. A row of y has the same bits whatever the other
-    rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. next_weight is brought into L2
-    meanwhile, where the GPU can (sm_90): of use if the kernels in between leave the memory idle.
-    Raises ValueError for shapes and dtypes that do not fit.
+    rows, and however many: see _ROWS_TOGETHER and `linear_kernel`. Raises ValueError for shapes
+    and dtypes that do not fit.
     """
     if dispatch.takes_kernel(x):
         from headrace.ops import linear_kernel
 
         if out is None:
             out = x.new_empty(len(x), len(weight))
-        return linear_kernel.linear(x, weight, bias, residual, out, next_weight)
+        return linear_kernel.linear(x, weight, bias, residual, out)
     check(x, weight, bias, residual, out)
     num_tokens = x.shape[0]
     wide = F.pad(x.float(), (0, 0, 0, -num_tokens % _ROWS_TOGETHER))

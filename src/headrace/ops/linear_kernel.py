@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
-from headrace.ops.prefetch_kernel import prefetch, prefetch_share, prefetchable
+from headrace.ops.prefetch_kernel import prefetch
 
 
 @triton.jit
@@ -106,11 +106,9 @@ def linear_kernel(
     bias_ptr,  # [out_features], or None
     residual_ptr,  # [num_tokens, out_features], or None
     out_ptr,  # [num_tokens, out_features]; may be residual
-    next_ptr,  # weights to bring into L2, or None
     num_tokens,
     out_features,
     in_features,
-    next_bytes,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
     LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
@@ -151,8 +149,6 @@ def linear_kernel(
             out_ptr, num_tokens, out_features, in_features, EVEN_K, BLOCK_M <= 32,
             BLOCK_M, BLOCK_N, ROWS, BLOCK_K,
         )  # fmt: skip
-    if next_ptr is not None:
-        prefetch_share(next_ptr, next_bytes)
 
 
 def linear(
@@ -161,12 +157,10 @@ def linear(
     bias: Tensor | None,  # [out_features]
     residual: Tensor | None,  # [num_tokens, out_features]
     out: Tensor,  # [num_tokens, out_features]; may be residual
-    next_weight: Tensor | None = None,
     tile: LinearTile | None = None,
 ) -> Tensor:
     """out = x W^T + b + residual, summed in float32 in this order and rounded once.
 
-    next_weight, which a later kernel reads, is brought into L2 (sm_90).
     Raises ValueError for shapes and dtypes that do not fit and tensors that are not contiguous.
     """
     check(x, weight, bias, residual, out)
@@ -175,7 +169,6 @@ def linear(
         return out
     tile = tile or choose(_problem(x, weight))
     x_desc, weight_desc = _descriptors(x, weight, tile) if tile.tma else (None, None)
-    next_weight = prefetchable(next_weight)
     tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
     linear_kernel[(min(tiles, tile.programs or tiles),)](
         x,
@@ -185,10 +178,8 @@ def linear(
         bias,
         residual,
         out,
-        next_weight,
         len(x),
         *weight.shape,
-        0 if next_weight is None else next_weight.nbytes,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
         EARLY=tile.early,
         LET_NEXT_START=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),

@@ -11,7 +11,7 @@ from headrace.ops import dispatch
 from headrace.ops.arena import Take, fresh
 from headrace.ops.experts import Experts, moe
 from headrace.ops.lora import MoELora
-from headrace.ops.norm import rms_norm
+from headrace.ops.norm import NextNorm, rms_norm
 from headrace.ops.routing import RoutingBuffers, route, routing_buffers, routing_counters
 from headrace.ops.tiles import MoETiles
 
@@ -42,7 +42,6 @@ class MoEBuffers:
     routing: RoutingBuffers
     activated: Tensor  # [num_slots, inter]: the first matmul's result, rows sorted by expert
     weighted: Tensor  # [num_slots, hidden]: the second's, row token * top_k + k
-    sum_counters: Tensor | None  # with tiles.sum_in_down: a power of two, one for 64 columns
 
 
 def moe_buffers(
@@ -59,7 +58,6 @@ def moe_buffers(
     num_slots = num_tokens * weights.top_k
     tiles = tiles or choose_tiles(num_slots, weights)
     inter = weights.experts.gate_up_bias.shape[1] // 2
-    counters_shape = (1 << (-(-hidden // 64) - 1).bit_length(),)
     return MoEBuffers(
         tiles,
         routing_buffers(
@@ -68,7 +66,6 @@ def moe_buffers(
         ),
         take((num_slots, inter), dtype),
         take((num_slots, hidden), dtype),
-        take(counters_shape, torch.int32) if tiles.sum_in_down else None,
     )  # fmt: skip
 
 
@@ -78,26 +75,33 @@ def moe_layer(
     buffers: MoEBuffers | None = None,
     out: Tensor | None = None,  # [num_tokens, hidden]
     lora: MoELora | None = None,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     """h + sum_k weight_k expert_k(rms_norm(h)), over the top_k experts of each token.
 
+    next_norm, that of the layer that follows, is computed along with the sum.
     Adapters change the router's logits, gate_up before the activation and down before the weight.
 
     On the GPU the experts' weights are PreparedMXFP4 or DenseWeight. Without buffers and out it
     allocates its own. Raises ValueError for wrong shapes, dtypes and layouts.
     """
+    if next_norm is not None:
+        next_norm.check(h)
     if dispatch.takes_kernel(h):
         from headrace.ops.moe_kernel import moe_layer_kernel
 
         if buffers is None:
             buffers = own_buffers(len(h), weights, h.device)
         out = torch.empty_like(h) if out is None else out
-        return moe_layer_kernel(h, weights, buffers, out, lora)
+        return moe_layer_kernel(h, weights, buffers, out, lora, next_norm)
     x = rms_norm(h, weights.norm, weights.eps)
     ids, routing_weights = route(
         x, weights.router, weights.router_bias, weights.top_k, weights.renormalize, lora
     )
-    return torch.add(h, moe(x, ids, routing_weights, weights.experts, lora), out=out)
+    out = torch.add(h, moe(x, ids, routing_weights, weights.experts, lora), out=out)
+    if next_norm is not None:
+        rms_norm(out, next_norm.weight, next_norm.eps, out=next_norm.out)
+    return out
 
 
 def own_buffers(

@@ -14,16 +14,16 @@ from headrace.ops.experts_kernel import (
     Ahead,
     DenseWeight,
     KernelWeight,
-    TokenSum,
     grouped_matmul,
-    weighted_sum,
 )
 from headrace.ops.lora import MoELora, own_parts
 from headrace.ops.lora_kernel import LowRank, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
+from headrace.ops.norm import NextNorm
 from headrace.ops.sort_kernel import check_tensor
 from headrace.ops.tiles import MoETiles, Problem, choose
+from headrace.ops.weighted_sum_kernel import weighted_sum
 
 
 def moe_layer_kernel(
@@ -32,19 +32,16 @@ def moe_layer_kernel(
     buffers: MoEBuffers,
     out: Tensor,  # [num_tokens, hidden]
     lora: MoELora | None = None,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     """out = h + sum_k weight_k expert_k(rms_norm(h)). Raises ValueError for what does not fit."""
     _check(weights)
     check_tensor("out", out, h.shape, h.dtype)
-    ids, counters = buffers.routing.expert_ids, buffers.sum_counters
-    everyone = range(weights.num_experts)
     _route(h, weights, buffers, lora)
     gate_up_matmul(weights, buffers, lora)
-    if counters is not None:
-        down_matmul(weights, buffers, lora, TokenSum(ids, everyone, h, out, counters))
-        return out
     down_matmul(weights, buffers, lora)
-    return weighted_sum(buffers.weighted, ids, everyone, h, out)
+    ids, everyone = buffers.routing.expert_ids, range(weights.num_experts)
+    return weighted_sum(buffers.weighted, ids, everyone, h, out, next_norm)
 
 
 def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
@@ -65,23 +62,18 @@ def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | Non
         buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
         activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
         low_rank=_shrink(lora, weights, buffers, first=True),
-        ahead=Ahead(_in_gpu_layout(experts.down), buffers.tiles.ahead_bytes, buffers.sum_counters),
+        ahead=Ahead(_in_gpu_layout(experts.down), buffers.tiles.ahead_bytes),
     )  # fmt: skip
 
 
-def down_matmul(
-    weights: MoEWeights,
-    buffers: MoEBuffers,
-    lora: MoELora | None = None,
-    token_sum: TokenSum | None = None,
-) -> Tensor:
+def down_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:
     """buffers.weighted = routing weight (W_e activated + b_e), a row for each slot."""
     experts, routing = weights.experts, buffers.routing
     return grouped_matmul(
         buffers.activated, _in_gpu_layout(experts.down), experts.down_bias, routing.sorted,
         buffers.tiles.down, buffers.weighted, weights.top_k, gather=False,
         slot_weights=routing.expert_weights.view(-1),
-        low_rank=_shrink(lora, weights, buffers, first=False), token_sum=token_sum,
+        low_rank=_shrink(lora, weights, buffers, first=False),
     )  # fmt: skip
 
 

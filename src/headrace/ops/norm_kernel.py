@@ -9,20 +9,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from headrace.ops.prefetch_kernel import prefetch_share, prefetchable
 
-PREFETCH_PROGRAMS = 128  # enough to ask on nearly every SM
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def rms_norm_kernel(
     x_ptr,  # [num_tokens, hidden]
     weight_ptr,  # [hidden]
     out_ptr,  # [num_tokens, hidden]
-    next_ptr,  # weights to bring into L2, or None
-    num_tokens,
     hidden,
-    next_bytes,
     eps,
     LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
     BLOCK: tl.constexpr,
@@ -30,10 +23,6 @@ def rms_norm_kernel(
     """out = x / sqrt(mean(x ** 2) + eps) * weight."""
     if LET_NEXT_START:
         gdc_launch_dependents()
-    if next_ptr is not None:
-        prefetch_share(next_ptr, next_bytes)
-        if tl.program_id(0) >= num_tokens:
-            return
     start = tl.program_id(0).to(tl.int64) * hidden
     column = tl.arange(0, BLOCK)
     mask = column < hidden
@@ -48,21 +37,16 @@ def rms_norm(
     weight: Tensor,  # [hidden]
     eps: float,
     out: Tensor,  # [num_tokens, hidden]; may be x
-    next_weight: Tensor | None = None,
 ) -> Tensor:
     """out = x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
 
-    next_weight, which a later kernel reads, is brought into L2 (sm_90).
     Raises ValueError for shapes that do not fit and for tensors that are not contiguous.
     """
     _check(x, weight, out)
     num_tokens, hidden = x.shape
-    next_weight = prefetchable(next_weight)
-    programs = num_tokens if next_weight is None else max(num_tokens, PREFETCH_PROGRAMS)
     if num_tokens:
-        rms_norm_kernel[(programs,)](
-            x, weight, out, next_weight, num_tokens, hidden,
-            0 if next_weight is None else next_weight.nbytes, eps,
+        rms_norm_kernel[(num_tokens,)](
+            x, weight, out, hidden, eps,
             LET_NEXT_START=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
             BLOCK=triton.next_power_of_2(hidden), num_warps=8,
         )  # fmt: skip

@@ -6,10 +6,8 @@ The bulk prefetch of sm_90: one instruction asks for kilobytes, and nobody waits
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import num_warps
 
 # the first thread of warp i asks for piece i: the instruction takes one thread of a warp after the
@@ -44,22 +42,3 @@ def prefetch(ptr, num_bytes):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def prefetch_share(ptr, num_bytes):
-    """Ask for this program's share of num_bytes at ptr, which is a pointer to 16-bit values."""
-    programs = tl.num_programs(0)
-    share = tl.cdiv(num_bytes, programs * 16).to(tl.int64) * 16
-    first = tl.program_id(0) * share
-    if first < num_bytes:
-        prefetch(ptr + first // 2, tl.minimum(share, num_bytes - first))
-
-
-def prefetchable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or None where there is nothing to ask for or nobody to ask."""
-    if tensor is None or not tensor.is_cuda:
-        return None
-    aligned = tensor.nbytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and tensor.is_contiguous()
-    bulk = torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-    return tensor if aligned and bulk and tensor.element_size() == 2 else None

@@ -36,7 +36,6 @@ class MoETiles:
     gate_up: Tile
     down: Tile
     ahead_bytes: int = 0  # of each tile of down's weights that gate_up brings into L2
-    sum_in_down: bool = False  # the sum over a token's slots, in the last programs of down
 
 
 def choose(problem: Problem) -> MoETiles:
