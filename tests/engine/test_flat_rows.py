@@ -68,3 +68,32 @@ def test_idle_rows_write_nothing() -> None:
     assert chunk.positions.tolist() == [0, 1, 2, 3, 4]
     assert (chunk.seq_lens.tolist(), chunk.output_rows.tolist()) == ([5], [4])
     assert chunk.block_tables[1].shape == (3, 1)
+
+
+def test_padding_is_one_sequence_that_writes_nothing_and_empty_ones() -> None:
+    found, padded = rows(), rows().padded(num_tokens=13, num_seqs=5, num_outputs=4, block_size=4)
+    assert padded.token_ids.tolist() == [*found.token_ids, *[0] * 9]
+    assert padded.positions.tolist() == [*found.positions, *range(9)]
+    assert padded.query_start.tolist() == [0, 3, 4, 13, 13, 13]
+    assert padded.seq_lens.tolist() == [6, 9, 9, 0, 0]
+    assert padded.output_rows.tolist() == [2, 3, 0, 0]
+    for old, new in zip(found.slots, padded.slots, strict=True):
+        assert new.tolist() == [*old, *[-1] * 9]
+    for old, new in zip(found.block_tables, padded.block_tables, strict=True):
+        assert new[:, :2].tolist() == old.tolist()
+        assert new[:, 2:].tolist() == [[0, -1, -1]] * 3
+    for old, new in zip(found.arrays(), padded.arrays(), strict=True):
+        assert new.dtype == old.dtype
+
+
+def test_no_padding_is_needed_for_the_size_itself() -> None:
+    found, padded = rows(), rows().padded(num_tokens=4, num_seqs=3, num_outputs=2, block_size=4)
+    assert padded.token_ids.tolist() == found.token_ids.tolist()
+    assert padded.query_start.tolist() == [0, 3, 4, 4]
+    assert padded.seq_lens.tolist() == [6, 9, 0]
+
+
+def test_padding_of_more_blocks_than_the_requests_have() -> None:
+    padded = rows().padded(num_tokens=22, num_seqs=3, num_outputs=2, block_size=4)
+    assert [table[:, 2].tolist() for table in padded.block_tables] == [[0] * 5] * 2
+    assert padded.block_tables[0][3:, :2].tolist() == [[-1, -1]] * 2

@@ -1,6 +1,8 @@
+from itertools import pairwise
+
 import pytest
 
-from headrace.engine.graphs import graph_sizes
+from headrace.engine.graphs import chunk_sizes, graph_sizes
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 8, 64, 100, 256])
@@ -35,3 +37,13 @@ def test_sizes_of_64() -> None:
         56,
         64,
     ]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "smallest", "largest"), [(8192, 16, 1024), (100, 16, 100), (9, 9, 9)]
+)
+def test_sizes_of_steps_with_chunks(max_tokens: int, smallest: int, largest: int) -> None:
+    sizes = chunk_sizes(max_tokens)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (smallest, largest)
+    assert all(b <= a * 5 / 4 for a, b in pairwise(sizes))

@@ -62,7 +62,7 @@ def make_engine(model: Model) -> Engine:
 
 
 def test_tokens_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks, decode rows by graphs for 2 and 4, filters and penalties, tokens read late."""
+    """Padded chunks, decode rows by graphs for 2 and 4, filters, penalties, tokens read late."""
     path = random_checkpoint(tmp_path, seed=3, num_local_experts=4, num_hidden_layers=2)
     requests = [
         add_request("long", [(7 * i + 3) % 250 for i in range(30)], max_tokens=6),
@@ -80,6 +80,7 @@ def test_tokens_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     engine.runner.capture()
     engine.overlap = True
     got = run(engine, *requests)
-    assert set(engine.runner._graphs[False].replayed) == {2, 4}  # for 1 and 3 rows
+    assert set(engine.runner._decode_graphs[False].replayed) == {2, 4}  # for 1 and 3 rows
+    assert engine.runner._chunk_graphs[False].replayed == [24, 16]  # for 24 and 11 tokens
     for request_id, outputs in expected.items():
         assert tokens_of(got[request_id]) == tokens_of(outputs)

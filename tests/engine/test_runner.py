@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from headrace.bench.synth import SIZES
 from headrace.config import EngineConfig
 from headrace.engine.flat_rows import FlatRows
+from headrace.engine.graphs import chunk_sizes
 from headrace.engine.runner import Runner
 from headrace.engine.scheduler import MAX_SCORED_ROWS
 from headrace.lora.memory import LoraMemory
@@ -62,6 +63,8 @@ with torch.inference_mode():
         rows = replace(idle, output_rows=np.arange(outputs))
         lora = runner._idle_lora(rows, chosen.random() < 0.6)
         model.forward(runner._batch(rows, lora=lora))
+    for size in chunk_sizes(TOKENS):
+        model.forward(runner._idle_chunk(size, chosen.random() < 0.6))
 counts.append({name: len(keys) for name, keys in kernels.items()})
 print(json.dumps(counts))
 """

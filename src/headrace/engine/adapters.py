@@ -160,15 +160,22 @@ class LoraStaging:
         lengths = 2 * [max_rows, max_rows, self._num_slots, self._num_slots + 1]
         self._staging = Staging([4 * n for n in lengths], device)
 
-    def put(self, work: Sequence[tuple[Request, int]], output_rows: Sequence[int]) -> LoraBatch:
-        """The adapters of (request, number of tokens), one request after the other.
+    def put(
+        self,
+        work: Sequence[tuple[Request, int]],
+        num_tokens: int,
+        output_rows: Sequence[int] | np.ndarray,
+    ) -> LoraBatch:
+        """The adapters of (request, number of tokens), one request after the other, then none.
 
         Batches of the same numbers of rows and outputs get the same addresses.
         """
-        slots = np.array([slot_of(request) for request, _ in work], dtype=np.int32)
-        return self.put_slots(np.repeat(slots, [n for _, n in work]), output_rows)
+        slots = np.full(num_tokens, -1, dtype=np.int32)
+        counts = [n for _, n in work]
+        slots[: sum(counts)] = np.repeat([slot_of(request) for request, _ in work], counts)
+        return self.put_slots(slots, output_rows)
 
-    def put_slots(self, slots: np.ndarray, output_rows: Sequence[int]) -> LoraBatch:
+    def put_slots(self, slots: np.ndarray, output_rows: Sequence[int] | np.ndarray) -> LoraBatch:
         """The same for the slot of each row."""
         slots = slots.astype(np.int32)
         arrays = row_arrays(slots, self._num_slots)

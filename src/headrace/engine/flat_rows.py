@@ -63,6 +63,27 @@ class FlatRows:
             block_tables=[np.zeros((num_blocks, num_seqs), dtype=np.int32)] * num_groups,
         )
 
+    def padded(self, num_tokens: int, num_seqs: int, num_outputs: int, block_size: int) -> FlatRows:
+        """The same and one more sequence, whose tokens write nothing, and then empty ones.
+
+        Its outputs are those of row 0.
+        """
+        more = num_tokens - len(self.token_ids)
+        ones = num_seqs - len(self.seq_lens)  # the one more sequence, and the empty ones
+        idle = FlatRows.idle(1, more, len(self.slots), -(-more // block_size))
+        return FlatRows(
+            token_ids=np.concatenate((self.token_ids, idle.token_ids)),
+            positions=np.concatenate((self.positions, idle.positions)),
+            query_start=np.pad(self.query_start, (0, ones), constant_values=num_tokens),
+            seq_lens=np.pad(np.append(self.seq_lens, np.int32(more)), (0, ones - 1)),
+            output_rows=np.pad(self.output_rows, (0, num_outputs - len(self.output_rows))),
+            slots=[np.concatenate(both) for both in zip(self.slots, idle.slots, strict=True)],
+            block_tables=[
+                _beside(*both, num_seqs)
+                for both in zip(self.block_tables, idle.block_tables, strict=True)
+            ],
+        )
+
     def arrays(self) -> list[np.ndarray]:
         """All arrays, in the order of the fields; the block tables, which vary most, come last."""
         fixed = [self.token_ids, self.positions, self.query_start, self.seq_lens, self.output_rows]
@@ -81,3 +102,12 @@ def block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:  # [max_blocks, 
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return np.ascontiguousarray(padded.T)
+
+
+def _beside(table: np.ndarray, other: np.ndarray, num_seqs: int) -> np.ndarray:
+    """Two block tables as one of num_seqs sequences, padded with -1."""
+    wide = np.full((max(len(table), len(other)), num_seqs), -1, dtype=np.int32)
+    columns = table.shape[1]
+    wide[: len(table), :columns] = table
+    wide[: len(other), columns : columns + other.shape[1]] = other
+    return wide

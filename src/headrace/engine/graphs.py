@@ -1,4 +1,4 @@
-"""Captured CUDA graphs: the launches of a decode step as one."""
+"""Captured CUDA graphs: the launches of a step as one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def graph_sizes(max_rows: int) -> list[int]:
         sizes += range(8 * step, 16 * step, 2 * step)
         step *= 2
     return sorted({size for size in sizes if size < max_rows} | {max_rows})
+
+
+def chunk_sizes(max_tokens: int) -> list[int]:
+    """Numbers of tokens of the steps with chunks of prompts that are worth a graph.
+
+    Larger ones keep the GPU busy for longer than the host takes to launch them one by one, and
+    padding would cost more.
+    """
+    return [size for size in graph_sizes(min(max_tokens, 1024)) if size >= min(max_tokens, 16)]
 
 
 class Graphs:

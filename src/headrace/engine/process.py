@@ -31,6 +31,7 @@ from headrace.engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
+from headrace.engine.phases import settle
 
 STATS_INTERVAL = 0.25  # seconds between two EngineStats while there is work
 SWITCH_INTERVAL = 2e-4  # seconds; Python's default is 5 ms
@@ -114,6 +115,7 @@ def run_engine(config: EngineConfig, address: str, make: MakeEngine = make_engin
     status = 1
     try:
         engine = make(config, lambda done, total: link.send([EngineLoading(done, total)]))
+        settle()
         link.send([engine.ready, engine.stats()])
         serve(engine, link)
         status = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from headrace.config import EngineConfig
 from headrace.engine.adapters import LoraStaging
 from headrace.engine.flat_rows import FlatRows
-from headrace.engine.graphs import Graphs, graph_sizes
+from headrace.engine.graphs import Graphs, chunk_sizes, graph_sizes
 from headrace.engine.request import Request
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan
 from headrace.engine.staging import Staging
@@ -23,11 +23,14 @@ from headrace.ops import dispatch
 from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_attention, plan_shape
 from headrace.ops.lora import LoraBatch, LoraWeights
 
+MOST_CHUNK_OUTPUTS = 128  # rows of logits of a step with chunks that is replayed from a graph
+
 
 class Runner:
     """Owns the cache tensors and the tokens sampled last, and calls the model.
 
-    On a GPU, steps that only decode are replayed from graphs once `capture` was called.
+    On a GPU, once `capture` was called, steps are replayed from graphs: those that only decode, and
+    those with chunks of prompts that are not too large.
     """
 
     def __init__(
@@ -51,22 +54,28 @@ class Runner:
         num_groups = len(layout.windows)
         self._max_num_tokens = config.max_num_batched_tokens
         most_rows = max(self._max_num_tokens, self.max_num_seqs)
-        largest = FlatRows.capacities(most_rows, self.max_num_seqs, self._max_blocks, num_groups)
+        self._num_chunk_outputs = min(self.max_num_seqs, MOST_CHUNK_OUTPUTS)
+        most_seqs = self.max_num_seqs + 1  # one that pads
+        largest = FlatRows.capacities(most_rows, most_seqs, self._max_blocks, num_groups)
         self._staging = Staging(largest, device)
         self._plans = [self._make_plan(window, config) for window in layout.windows]
         self._lora = None if lora is None else LoraStaging(lora, most_rows, device)
-        self._graphs: dict[bool, Graphs] = {}  # by whether rows may have adapters
+        # by whether rows may have adapters
+        self._decode_graphs: dict[bool, Graphs] = {}
+        self._chunk_graphs: dict[bool, Graphs] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the decode steps of every size; with --enable-lora, with adapters too."""
-        self._graphs = {False: Graphs()} | ({True: Graphs()} if self._lora else {})
-        sizes = graph_sizes(self.max_num_seqs)
-        # the largest takes the pool's memory
-        todo = [(size, kind) for size in reversed(sizes) for kind in self._graphs]
-        for size, has_lora in todo:
-            batch = self._idle_decode(size, has_lora)
-            self._graphs[has_lora].capture(size, partial(self.model.forward, batch))
+        """Capture the steps of every size; with --enable-lora, with adapters too."""
+        for has_lora in {False, self._lora is not None}:
+            decode = self._decode_graphs[has_lora] = Graphs()
+            for size in graph_sizes(self.max_num_seqs):
+                batch = self._idle_decode(size, has_lora)
+                decode.capture(size, partial(self.model.forward, batch))
+            chunks = self._chunk_graphs[has_lora] = Graphs()
+            for size in chunk_sizes(self._max_num_tokens):
+                batch = self._idle_chunk(size, has_lora)
+                chunks.capture(size, partial(self.model.forward, batch))
 
     @torch.inference_mode()
     def dry_run(self) -> None:
@@ -85,12 +94,23 @@ class Runner:
 
     def _idle_decode(self, size: int, has_lora: bool) -> Batch:
         rows = FlatRows.idle(size, 1, len(self._plans))
-        return self._batch(rows, self._fixed(size), self._idle_lora(rows, has_lora))
+        return self._batch(rows, self._fixed(size, size), self._idle_lora(rows, has_lora))
+
+    def _idle_chunk(self, size: int, has_lora: bool) -> Batch:
+        rows = FlatRows.idle(1, size, len(self._plans), -(-size // self.block_size))
+        rows = self._pad_chunk(rows, size)
+        capacities = self._fixed(size, self.max_num_seqs + 1)
+        return self._batch(rows, capacities, self._idle_lora(rows, has_lora))
+
+    def _pad_chunk(self, rows: FlatRows, size: int) -> FlatRows:
+        """The rows as those of a graph: one sequence more than can be pads to its tokens."""
+        most_seqs = self.max_num_seqs + 1
+        return rows.padded(size, most_seqs, self._num_chunk_outputs, self.block_size)
 
     def _idle_lora(self, rows: FlatRows, has_lora: bool) -> LoraBatch | None:
         if self._lora is None or not has_lora:
             return None
-        return self._lora.put_slots(np.full(len(rows.token_ids), -1), rows.output_rows.tolist())
+        return self._lora.put_slots(np.full(len(rows.token_ids), -1), rows.output_rows)
 
     @torch.inference_mode()
     def forward(
@@ -99,25 +119,29 @@ class Runner:
         output_rows: Sequence[int],  # [num_outputs] rows of the flat batch
     ) -> Tensor:  # [num_outputs, vocab] fp32, overwritten by the next step
         """Compute the planned tokens."""
-        work = list(plan.items())
-        only_decoding = len(output_rows) == len(work) == sum(plan.values())
-        graphs = self._graphs.get(any(request.lora for request in plan))
-        if graphs and only_decoding and (size := graphs.size_for(len(work))):
+        work, num_tokens = list(plan.items()), sum(plan.values())
+        has_lora = any(request.lora for request in plan)
+        only_decoding = len(output_rows) == len(work) == num_tokens
+        if only_decoding and (size := size_in(self._decode_graphs, has_lora, num_tokens)):
             # padded with copies of the last row: they compute, and write, what it does
             padded = work + [work[-1]] * (size - len(work))
             rows = FlatRows.of(padded, range(size), self.block_size)
-            self._batch(rows, self._fixed(size), self._lora_batch(padded, range(size)))
-            return graphs.replay(size)[: len(work)]
+            self._batch(rows, self._fixed(size, size), self._lora_batch(padded, rows))
+            return self._decode_graphs[has_lora].replay(size)[: len(work)]
         rows = FlatRows.of(work, output_rows, self.block_size)
-        return self.model.forward(self._batch(rows, lora=self._lora_batch(work, output_rows)))
+        size = size_in(self._chunk_graphs, has_lora, num_tokens)
+        if size and len(output_rows) <= self._num_chunk_outputs:
+            rows = self._pad_chunk(rows, size)
+            capacities = self._fixed(size, self.max_num_seqs + 1)
+            self._batch(rows, capacities, self._lora_batch(work, rows))
+            return self._chunk_graphs[has_lora].replay(size)[: len(output_rows)]
+        return self.model.forward(self._batch(rows, lora=self._lora_batch(work, rows)))
 
-    def _lora_batch(
-        self, work: Sequence[tuple[Request, int]], output_rows: Sequence[int]
-    ) -> LoraBatch | None:
+    def _lora_batch(self, work: Sequence[tuple[Request, int]], rows: FlatRows) -> LoraBatch | None:
         """Which rows have which adapter; None if no row has one: that step is the base model's."""
         if self._lora is None or not any(request.lora for request, _ in work):
             return None
-        return self._lora.put(work, output_rows)
+        return self._lora.put(work, len(rows.token_ids), rows.output_rows)
 
     def _batch(
         self,
@@ -154,9 +178,9 @@ class Runner:
             lora=lora,
         )
 
-    def _fixed(self, size: int) -> list[int]:
-        """Bytes set aside for each array of a decode step of one graph."""
-        return FlatRows.capacities(size, size, self._max_blocks, len(self._plans))
+    def _fixed(self, num_tokens: int, num_seqs: int) -> list[int]:
+        """Bytes set aside for each array of a step of one graph."""
+        return FlatRows.capacities(num_tokens, num_seqs, self._max_blocks, len(self._plans))
 
     def _make_plan(self, window: int, config: EngineConfig) -> AttentionPlan | None:
         layout, device = self.model.kv_layout, self.model.device
@@ -167,13 +191,18 @@ class Runner:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         shape = plan_shape(
             config.max_num_batched_tokens,
-            config.max_num_seqs,
+            config.max_num_seqs + 1,
             layout.num_heads,
             layout.num_kv_heads,
             layout.head_dim,
             num_sms,
         )
         return empty_plan(shape, window, device)
+
+
+def size_in(graphs: dict[bool, Graphs], has_lora: bool, num_tokens: int) -> int | None:
+    """The smallest captured size that holds so many tokens."""
+    return graphs[has_lora].size_for(num_tokens) if has_lora in graphs else None
 
 
 def doublings(most: int) -> list[int]:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.engine.client import EngineClient
-from headrace.engine.phases import process_age
+from headrace.engine.phases import process_age, settle
 from headrace.server.app import create_app
 from headrace.server.model_info import load_model_info
 from headrace.server.serving import Serving
@@ -56,6 +56,7 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         bar.stop()
         app = create_app(engine, tokenizer, server_config, model)
         http = HttpServer(app.state.serving, uvicorn.Config(app, log_level="warning"))
+        settle()
         listener.listen()  # before anybody is told: uvicorn itself would do so only a moment later
         console.print(start_table(engine.ready.start, before, time.monotonic() - start))
         announce(console, server_config.host, listener.getsockname()[1], model.name)
