@@ -245,6 +245,8 @@ def test_min_tokens_masks_stop_tokens() -> None:
         (add_request("a", [1], logit_bias={99: 1.0}), "logit_bias has token id 99"),
         (add_request("a", [1], allowed_token_ids=[]), "allowed_token_ids is empty"),
         (add_request("a", [1], max_tokens=0), "max_tokens is 0"),
+        (add_request("a", [1], logprobs=33), "logprobs is 33; it must be 0 to 32"),
+        (add_request("a", [1], prompt_logprobs=-1), "prompt_logprobs is -1; it must be 0 to 32"),
         (
             add_request("a", [1], allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1),
             "every allowed_token_ids entry is a stop token",

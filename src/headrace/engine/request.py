@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
 from headrace.lora.pool import Lora
+from headrace.ops.sampling import MAX_TOP
 
 GREEDY_BELOW = 1e-5  # temperatures under this mean "always the most likely token"
 
@@ -168,6 +169,10 @@ def check_request(message: AddRequest, vocab_size: int, max_model_len: int) -> N
         )
     if params.max_tokens == 0 and params.prompt_logprobs is None:
         raise RequestError("max_tokens is 0; it must be at least 1 unless prompt_logprobs is set")
+    for name in ("logprobs", "prompt_logprobs"):
+        num_top = getattr(params, name)
+        if num_top is not None and not 0 <= num_top <= MAX_TOP:
+            raise RequestError(f"{name} is {num_top}; it must be 0 to {MAX_TOP}")
     ids = {
         "prompt_token_ids": prompt,
         "stop_token_ids": params.stop_token_ids,

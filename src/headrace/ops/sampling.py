@@ -16,6 +16,7 @@ from headrace.ops.arena import Take
 
 CHUNK = 4096  # tokens that one program of a kernel reads
 NUM_LEVELS = 8  # thresholds at which the kernels measure a row, twice if need be
+MAX_TOP = 32  # alternatives in top_logprobs; a power of two
 MAX_CANDIDATES = 16384  # tokens that top_k and top_p may have to search before it takes a whole row
 
 

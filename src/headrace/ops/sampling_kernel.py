@@ -22,13 +22,13 @@ from headrace.ops.arena import fresh
 from headrace.ops.sampling import (
     CHUNK,
     MAX_CANDIDATES,
+    MAX_TOP,
     NUM_LEVELS,
     Draws,
     SamplingBuffers,
     sampling_buffers,
 )
 
-MAX_TOP = 32  # alternatives in top_logprobs; a power of two
 MASS_ONE = tl.constexpr(float(2**44))
 LOWEST = tl.constexpr(-(2**63))  # below every ranked token
 FIRST_ORDER = tl.constexpr(-(2**31))  # below every float's order
