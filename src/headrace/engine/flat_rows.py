@@ -91,8 +91,9 @@ class FlatRows:
 
     @staticmethod
     def capacities(num_tokens: int, num_seqs: int, max_blocks: int, num_groups: int) -> list[int]:
-        """Bytes that each of the arrays takes at most, with as many outputs as tokens."""
-        fixed = [8 * num_tokens, 8 * num_tokens, 4 * (num_seqs + 1), 4 * num_seqs, 8 * num_tokens]
+        """Bytes that each of the arrays takes at most; outputs: one a token, or one a sequence."""
+        num_outputs = max(num_tokens, num_seqs)
+        fixed = [8 * num_tokens, 8 * num_tokens, 4 * (num_seqs + 1), 4 * num_seqs, 8 * num_outputs]
         return fixed + num_groups * [8 * num_tokens] + num_groups * [4 * max_blocks * num_seqs]
 
 

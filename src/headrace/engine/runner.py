@@ -50,9 +50,11 @@ class Runner:
             lazy_zeros((2, num_pages[g], *page), model.dtype, device) for g in layout.group_of_layer
         )
         self.sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        self._max_blocks = -(-max_model_len // block_size)
         num_groups = len(layout.windows)
         self._max_num_tokens = config.max_num_batched_tokens
+        # the sequence that pads a step may be longer than a request
+        longest = max(max_model_len, chunk_sizes(self._max_num_tokens)[-1])
+        self._max_blocks = -(-longest // block_size)
         most_rows = max(self._max_num_tokens, self.max_num_seqs)
         self._num_chunk_outputs = min(self.max_num_seqs, MOST_CHUNK_OUTPUTS)
         most_seqs = self.max_num_seqs + 1  # one that pads

@@ -40,7 +40,10 @@ class Staging:
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         host, sizes = self._next_host(), [array.nbytes for array in arrays]
-        starts = _starts(capacities or sizes)
+        capacities = capacities or sizes
+        fits = all(size <= room for size, room in zip(sizes, capacities, strict=True))
+        assert fits, f"{sizes=} {capacities=}"
+        starts = _starts(capacities)
         self._end = starts[-1]
         assert self._end <= len(self._block), f"{self._end} bytes, {len(self._block)=}"
         for array, start in zip(arrays, starts, strict=False):
