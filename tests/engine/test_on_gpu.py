@@ -90,10 +90,11 @@ def test_with_a_prefix_hit(engine: Engine, alone: list) -> None:
 
 
 def test_after_preemption(checkpoint: Path, alone: list) -> None:
-    """A cache for two of three requests."""
-    engine = make_engine(checkpoint, kv_cache_memory=3_000_000, max_model_len=400, max_num_seqs=3)
+    """A cache for three prompts, but not for all of their outputs."""
+    engine = make_engine(checkpoint, kv_cache_memory=3_450_000, max_model_len=400, max_num_seqs=3)
     others = [ask(f"o{i}", PROMPT[i + 1 :], max_tokens=90) for i in range(2)]
     outputs = run(engine, others[0], others[1], ask("mine", PROMPT))
+    assert engine.scheduler.num_preemptions
     assert answer(outputs["mine"]) == alone
 
 
