@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.bench.exact_moe import exact_layer, relative_errors
+from headrace.bench.exact_moe import exact_layer, exact_logits, relative_errors
 from headrace.ops.experts import Activation, Experts
 from headrace.ops.moe import MoEWeights, moe_layer
 from headrace.ops.mxfp4 import MXFP4Weight
@@ -83,6 +83,19 @@ def test_the_next_norm_is_that_of_the_sum(num_tokens: int) -> None:
     assert torch.equal(next_norm.out, rms_norm(out, next_norm.weight, 1e-2))
     with pytest.raises(ValueError, match=r"out has shape \(2, 160\)"):
         moe_layer(h, layer, next_norm=replace(next_norm, out=torch.empty(2, 160)))
+
+
+def test_the_layer_is_exact_for_a_norm_in_its_dtype() -> None:
+    """What a router of wide logits makes of the norm's rounding is no error of the layer."""
+    layer = variants()["gpt-oss"]
+    weights = replace(layer, norm=layer.norm.bfloat16(), router=10 * layer.router)
+    h = torch.randn(40, 160, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x, logits = exact_logits(h, weights)
+    rounded = rms_norm(h, weights.norm, weights.eps)
+    torch.testing.assert_close(x, rounded.double(), rtol=2**-7, atol=0)
+    assert torch.equal(x, x.bfloat16().double())
+    expected = x @ weights.router.double().T + layer.router_bias.double()
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("change", ["norm", "bias", "residual", "activation", "renormalize"])

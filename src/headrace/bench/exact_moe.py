@@ -15,10 +15,13 @@ Delta = Callable[[int, Tensor, Tensor, int], Tensor]
 
 
 def exact_logits(h: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor]:
-    """rms_norm(h) and the router's logits, in float64."""
-    h = h.double()
-    scale = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + weights.eps)
-    x = h * scale * weights.norm.double()
+    """rms_norm(h), rounded to h's dtype as the layer rounds it, and the router's logits of it.
+
+    Both in float64. A softmax over logits that spread wide would amplify that rounding.
+    """
+    exact = h.double()
+    scale = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + weights.eps)
+    x = (exact * scale * weights.norm.double()).to(h.dtype).double()
     logits = x @ weights.router.double().T
     if weights.router_bias is not None:
         logits += weights.router_bias.double()
