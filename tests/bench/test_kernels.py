@@ -150,7 +150,7 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "MemoryError: no more" in console.export_text(clear=False)
     assert (tmp_path / "add.csv").exists()
     assert not (tmp_path / "multiply.csv").exists()
-    assert 0.5 < time_us(good) < 1000
+    assert time_us(good) > 0.5  # less would be milliseconds; how long depends on who else runs
 
 
 @pytest.mark.gpu
