@@ -61,6 +61,19 @@ def make_engine(model: Model) -> Engine:
     return Engine(config, model=model)
 
 
+def replaying_engine(model: Model, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """As on a GPU: kernels, steps from graphs, tokens read late."""
+    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    monkeypatch.setattr(runner, "Staging", StagingAsOnGPU)
+    monkeypatch.setattr(runner, "Graphs", CalledAgain)
+    monkeypatch.setattr(runner, "graph_sizes", lambda _: [2, 4])
+    engine = make_engine(model)
+    engine.model.reserve(24, 8)
+    engine.runner.capture()
+    engine.overlap = True
+    return engine
+
+
 def test_tokens_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded chunks, decode rows by graphs for 2 and 4, filters, penalties, tokens read late."""
     path = random_checkpoint(tmp_path, seed=3, num_local_experts=4, num_hidden_layers=2)
@@ -71,16 +84,23 @@ def test_tokens_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     expected = run(make_engine(load_model(path, dtype="float32")), *requests)
     model = in_half(load_model(path, dtype="bfloat16"))
-    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
-    monkeypatch.setattr(runner, "Staging", StagingAsOnGPU)
-    monkeypatch.setattr(runner, "Graphs", CalledAgain)
-    monkeypatch.setattr(runner, "graph_sizes", lambda _: [2, 4])
-    engine = make_engine(model)
-    engine.model.reserve(24, 8)
-    engine.runner.capture()
-    engine.overlap = True
+    engine = replaying_engine(model, monkeypatch)
     got = run(engine, *requests)
     assert set(engine.runner._decode_graphs[False].replayed) == {2, 4}  # for 1 and 3 rows
     assert engine.runner._chunk_graphs[False].replayed == [24, 16]  # for 24 and 11 tokens
     for request_id, outputs in expected.items():
         assert tokens_of(got[request_id]) == tokens_of(outputs)
+
+
+def test_a_replay_has_the_bits_of_a_step_without_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_checkpoint(tmp_path, seed=3, num_local_experts=4)
+    model = in_half(load_model(path, dtype="bfloat16"))
+    mine = add_request("mine", [(5 * i + 2) % 250 for i in range(19)], max_tokens=3, logprobs=2)
+    other = add_request("other", [9, 8], max_tokens=2)
+    engine = replaying_engine(model, monkeypatch)
+    replayed = run(engine, other, mine)["mine"]
+    assert engine.runner._chunk_graphs[False].replayed == [24]  # for 21 tokens
+    alone = run(make_engine(model), mine)["mine"]
+    assert [o.logprobs for o in replayed] == [o.logprobs for o in alone]
