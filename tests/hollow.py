@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headrace.models.config import GptOssConfig
-from headrace.models.gpt_oss_weights import Shapes
+from headrace.bench.synth import SIZES
+from headrace.models.config import GptOssConfig, parse_config
+from headrace.models.gpt_oss import GptOss
+from headrace.models.gpt_oss_weights import Shapes, read_gpt_oss, tensor_shapes
 
 
 class Zeros:
@@ -33,3 +35,15 @@ def one_layer_of_each_kind(config: GptOssConfig) -> GptOssConfig:
     """The config without layers that are like an earlier one."""
     kinds = tuple(dict.fromkeys(config.layer_types))
     return replace(config, num_hidden_layers=len(kinds), layer_types=kinds)
+
+
+def narrow_20b() -> GptOss:
+    """gpt-oss-20b in the GPU's layout, on the CPU, for launches that lead to its kernels.
+
+    The widths on which the choice of kernels depends are its own; one layer of each kind, fewer
+    words and narrower experts take less memory.
+    """
+    config = one_layer_of_each_kind(parse_config(SIZES["20b"]))
+    config = replace(config, vocab_size=20480, intermediate_size=192)
+    zeros = Zeros(tensor_shapes(config, True), torch.device("cpu"))
+    return GptOss(config, read_gpt_oss(config, zeros, True, torch.bfloat16, gpu_layout=True))

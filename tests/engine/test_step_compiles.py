@@ -11,38 +11,27 @@ from headrace.bench.profile import LAST_OP, OPS_OF_LAYER
 from headrace.bench.timeline import Busy, name_ops
 from tests.fake_gpu import SHARED_MEMORY, run_script
 
-# Widths are those of the model, on which the choice of kernels depends; fewer words and narrower
-# experts take less memory, and lead to the same kernels.
 SCRIPT = """
 import json, re, subprocess
-from dataclasses import replace
 from pathlib import Path
 import torch, triton
 from triton.compiler.compiler import CompiledKernel
-from headrace.bench.synth import SIZES
 from headrace.config import EngineConfig
 from headrace.engine.runner import Runner
 from headrace.engine.sampler import Sampler
 from headrace.engine.scheduler import MAX_SCORED_ROWS
 from headrace.engine.warmup import warm_up
-from headrace.models.config import parse_config
-from headrace.models.gpt_oss import GptOss
-from headrace.models.gpt_oss_weights import read_gpt_oss, tensor_shapes
 from tests import fake_gpu
-from tests.hollow import Zeros, one_layer_of_each_kind
+from tests.hollow import narrow_20b
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 gpu = fake_gpu.install()
-config = replace(one_layer_of_each_kind(parse_config(SIZES["20b"])), vocab_size=20480,
-                 intermediate_size=192)
-cpu = torch.device("cpu")
-zeros = Zeros(tensor_shapes(config, True), cpu)
-model = GptOss(config, read_gpt_oss(config, zeros, True, torch.bfloat16, gpu_layout=True))
+model, cpu = narrow_20b(), torch.device("cpu")
 fake_gpu.pretend_cuda()
 engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=2048)
 model.reserve(2048, 64 + MAX_SCORED_ROWS)
 runner = Runner(model, [2, 2], engine, 4096)
-sampler = Sampler(config.vocab_size, 64, cpu)
+sampler = Sampler(model.config.vocab_size, 64, cpu)
 kernels, launched = [], []
 
 def note(kernel):
