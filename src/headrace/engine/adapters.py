@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from headrace.config import ConfigError, EngineConfig
+from headrace.engine.cache_size import memory_for
 from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from headrace.engine.request import Request, RequestError
 from headrace.engine.staging import Staging
@@ -50,8 +51,7 @@ class Adapters:
     def load_modules(self) -> None:
         """Load the adapters of --lora-modules.
 
-        Not before kernels are compiled and graphs captured: the self-checks launch the kernels, and
-        while a graph is captured no other thread may use the device.
+        Not before kernels are compiled: the self-checks launch them.
         """
         for name, path in self._modules:
             self._sure.load(name, path)
@@ -160,29 +160,23 @@ class LoraStaging:
         lengths = 2 * [max_rows, max_rows, self._num_slots, self._num_slots + 1]
         self._staging = Staging([4 * n for n in lengths], device)
 
-    def put(
-        self,
-        work: Sequence[tuple[Request, int]],
-        num_tokens: int,
-        output_rows: Sequence[int] | np.ndarray,
-    ) -> LoraBatch:
-        """The adapters of (request, number of tokens), one request after the other, then none.
+    def put(self, slots: np.ndarray, num_rows: int, output_rows: np.ndarray) -> LoraBatch:
+        """The slots of the first rows' adapters, int32, -1 for none; the other rows have none.
 
         Batches of the same numbers of rows and outputs get the same addresses.
         """
-        slots = np.full(num_tokens, -1, dtype=np.int32)
-        counts = [n for _, n in work]
-        slots[: sum(counts)] = np.repeat([slot_of(request) for request, _ in work], counts)
-        return self.put_slots(slots, output_rows)
-
-    def put_slots(self, slots: np.ndarray, output_rows: Sequence[int] | np.ndarray) -> LoraBatch:
-        """The same for the slot of each row."""
-        slots = slots.astype(np.int32)
+        slots = np.pad(slots, (0, num_rows - len(slots)), constant_values=-1)
         arrays = row_arrays(slots, self._num_slots)
-        arrays += row_arrays(slots[np.asarray(output_rows, dtype=np.int64)], self._num_slots)
+        arrays += row_arrays(slots[output_rows], self._num_slots)
         # each aligned, so that the kernels are compiled once and not for each remainder
         parts = self._staging.put(arrays)
         return LoraBatch(self._weights, LoraRows(*parts[:4]), LoraRows(*parts[4:]))
+
+
+def slots_of(work: Sequence[tuple[Request, int]]) -> np.ndarray:
+    """The slot of the adapter of each row of (request, number of tokens), int32; -1 for none."""
+    slots = np.array([slot_of(request) for request, _ in work], dtype=np.int32)
+    return np.repeat(slots, [n for _, n in work])
 
 
 def slot_of(request: Request) -> int:
@@ -203,15 +197,11 @@ def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
         ends = [targets[0], targets[-1]]  # of the embedding and the LM head, seldom adapted
         one = full_size(targets[1:-1], config.max_lora_rank)
         num_elements = config.max_loras * one + full_size(ends, config.max_lora_rank)
-    try:
+    num_bytes = num_elements * model.dtype.itemsize
+    flags = "--max-loras or --max-lora-rank, or give --lora-memory"
+    with memory_for(f"the adapters' memory of {num_bytes} bytes", flags):
         memory = LoraMemory(
             sites, config.max_loras, config.max_lora_rank, num_elements, model.dtype, model.device
         )
-    except torch.OutOfMemoryError:
-        num_bytes = num_elements * model.dtype.itemsize
-        raise ConfigError(
-            f"the adapters' memory of {num_bytes} bytes does not fit on the device; lower "
-            "--max-loras or --max-lora-rank, or give --lora-memory"
-        ) from None
     loader = Loader(memory, model.base_tensor)
     return LoraPool(memory, loader, config.max_cpu_loras or config.max_loras)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,3 +89,16 @@ def _too_small(config: EngineConfig, memory: int, missing: int, long: int, full_
     return (
         f"--max-model-len is {config.max_model_len}, too long for {memory} bytes of cache: {advice}"
     )
+
+
+@contextmanager
+def memory_for(what: str, flag: str) -> Iterator[None]:
+    """Raise ConfigError, naming the flag to lower, where the device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, _ = torch.cuda.mem_get_info()
+        raise ConfigError(
+            f"{what} does not fit into the {free / 1e9:.1f} GB that are free on the GPU; "
+            f"lower {flag}"
+        ) from None

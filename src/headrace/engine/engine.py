@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from headrace.config import ConfigError, EngineConfig
+from headrace.config import EngineConfig
 from headrace.engine.adapters import Adapters
-from headrace.engine.cache_size import cache_memory, page_bytes, plan_cache
+from headrace.engine.cache_size import cache_memory, memory_for, page_bytes, plan_cache
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
     AddRequest,
@@ -291,19 +290,6 @@ class Engine:
         """Assert that every page is held by a running request, or free."""
         self.cache.check(self.scheduler.running)
         assert all(not request.block_tables for request in self.scheduler.waiting)
-
-
-@contextmanager
-def memory_for(what: str, flag: str) -> Iterator[None]:
-    """Raise ConfigError, naming the flag to lower, where the device has too little memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        free, _ = torch.cuda.mem_get_info()
-        raise ConfigError(
-            f"{what} does not fit into the {free / 1e9:.1f} GB that are free on the GPU; "
-            f"lower {flag}"
-        ) from None
 
 
 def output_rows(

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.adapters import LoraStaging
+from headrace.engine.adapters import LoraStaging, slots_of
 from headrace.engine.flat_rows import FlatRows
 from headrace.engine.graphs import Graphs, chunk_sizes, graph_sizes
-from headrace.engine.request import Request
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model
 from headrace.ops import dispatch
 from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_attention, plan_shape
-from headrace.ops.lora import LoraBatch, LoraWeights
+from headrace.ops.lora import LoraWeights
 
 MOST_CHUNK_OUTPUTS = 128  # rows of logits of a step with chunks that is replayed from a graph
+NO_ADAPTER = np.empty(0, dtype=np.int32)  # slots of a step that might have had some
 
 
 class Runner:
@@ -92,27 +92,15 @@ class Runner:
                 rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
                 # as many rows of logits as there can be: those of prompts that are scored
                 rows = replace(rows, output_rows=np.arange(min(n, most_outputs)))
-                self.model.forward(self._batch(rows, lora=self._idle_lora(rows, has_lora)))
+                self.model.forward(self._batch(rows, NO_ADAPTER if has_lora else None))
 
     def _idle_decode(self, size: int, has_lora: bool) -> Batch:
         rows = FlatRows.idle(size, 1, len(self._plans))
-        return self._batch(rows, self._fixed(size, size), self._idle_lora(rows, has_lora))
+        return self._decode_batch(rows, NO_ADAPTER if has_lora else None)
 
     def _idle_chunk(self, size: int, has_lora: bool) -> Batch:
         rows = FlatRows.idle(1, size, len(self._plans), -(-size // self.block_size))
-        rows = self._pad_chunk(rows, size)
-        capacities = self._fixed(size, self.max_num_seqs + 1)
-        return self._batch(rows, capacities, self._idle_lora(rows, has_lora))
-
-    def _pad_chunk(self, rows: FlatRows, size: int) -> FlatRows:
-        """The rows as those of a graph: one sequence more than can be pads to its tokens."""
-        most_seqs = self.max_num_seqs + 1
-        return rows.padded(size, most_seqs, self._num_chunk_outputs, self.block_size)
-
-    def _idle_lora(self, rows: FlatRows, has_lora: bool) -> LoraBatch | None:
-        if self._lora is None or not has_lora:
-            return None
-        return self._lora.put_slots(np.full(len(rows.token_ids), -1), rows.output_rows)
+        return self._chunk_batch(rows, NO_ADAPTER if has_lora else None, size)
 
     @torch.inference_mode()
     def forward(
@@ -128,30 +116,37 @@ class Runner:
             # padded with copies of the last row: they compute, and write, what it does
             padded = work + [work[-1]] * (size - len(work))
             rows = FlatRows.of(padded, range(size), self.block_size)
-            self._batch(rows, self._fixed(size, size), self._lora_batch(padded, rows))
+            self._decode_batch(rows, slots_of(padded) if has_lora else None)
             return self._decode_graphs[has_lora].replay(size)[: len(work)]
         rows = FlatRows.of(work, output_rows, self.block_size)
+        slots = slots_of(work) if has_lora else None
         size = size_in(self._chunk_graphs, has_lora, num_tokens)
         if size and len(output_rows) <= self._num_chunk_outputs:
-            rows = self._pad_chunk(rows, size)
-            capacities = self._fixed(size, self.max_num_seqs + 1)
-            self._batch(rows, capacities, self._lora_batch(work, rows))
+            self._chunk_batch(rows, slots, size)
             return self._chunk_graphs[has_lora].replay(size)[: len(output_rows)]
-        return self.model.forward(self._batch(rows, lora=self._lora_batch(work, rows)))
+        return self.model.forward(self._batch(rows, slots))
 
-    def _lora_batch(self, work: Sequence[tuple[Request, int]], rows: FlatRows) -> LoraBatch | None:
-        """Which rows have which adapter; None if no row has one: that step is the base model's."""
-        if self._lora is None or not any(request.lora for request, _ in work):
-            return None
-        return self._lora.put(work, len(rows.token_ids), rows.output_rows)
+    def _decode_batch(self, rows: FlatRows, slots: np.ndarray | None) -> Batch:
+        """The rows where the decode graph of as many reads them."""
+        size = len(rows.token_ids)
+        return self._batch(rows, slots, self._fixed(size, size))
+
+    def _chunk_batch(self, rows: FlatRows, slots: np.ndarray | None, size: int) -> Batch:
+        """The rows where the graph of so many tokens reads them, padded by one more sequence."""
+        num_seqs = self.max_num_seqs + 1
+        rows = rows.padded(size, num_seqs, self._num_chunk_outputs, self.block_size)
+        return self._batch(rows, slots, self._fixed(size, num_seqs))
 
     def _batch(
         self,
         rows: FlatRows,
+        slots: np.ndarray | None = None,  # of the first rows' adapters; None: the base model's step
         capacities: Sequence[int] | None = None,
-        lora: LoraBatch | None = None,
     ) -> Batch:
         """The rows on the device, at addresses that depend on the capacities only."""
+        lora = None
+        if self._lora is not None and slots is not None:
+            lora = self._lora.put(slots, len(rows.token_ids), rows.output_rows)
         staged = self._staging.put(rows.arrays(), capacities)
         token_ids, positions, query_start, seq_lens, output_rows, *groups = staged
         num_groups = len(self._plans)
