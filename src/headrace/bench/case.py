@@ -14,10 +14,17 @@ from typing import Protocol
 import torch
 
 from headrace.bench.floors import Work
+from headrace.config import ConfigError
 
 NUM_INPUTS = 8  # call i reads inputs[i % NUM_INPUTS] ...
 NUM_WEIGHT_SETS = 3  # ... and weights[i % NUM_WEIGHT_SETS]: their data is not in L2 from last time
 NUM_REPLAYS = 15
+
+
+def need_gpu(what: str) -> None:
+    """Raise ConfigError where there is no GPU to time something on."""
+    if not torch.cuda.is_available():
+        raise ConfigError(f"no CUDA GPU here; {what} can only be timed on one")
 
 
 @dataclass(frozen=True)

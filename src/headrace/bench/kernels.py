@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headrace.bench
-from headrace.bench.case import Case, CaseModule, time_us
+from headrace.bench.case import Case, CaseModule, need_gpu, time_us
 from headrace.bench.floors import Gpu, find_gpu
 from headrace.config import ConfigError
 
@@ -73,8 +73,7 @@ def run_kernels(
     Returns the exit status: 1 if some cases had wrong results or did not run. Raises ConfigError
     if there is no GPU, no such op, or plots are wanted and matplotlib is missing.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU here; kernels can only be timed on one")
+    need_gpu("kernels")
     if out is not None:
         from headrace.bench.plots import need_matplotlib
 

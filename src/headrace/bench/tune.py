@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from headrace.bench.case import NUM_INPUTS, NUM_WEIGHT_SETS, Case, time_us
+from headrace.bench.case import NUM_INPUTS, NUM_WEIGHT_SETS, Case, need_gpu, time_us
 from headrace.bench.cases_moe import NUM_EXPERTS, TOP_K, make_step, random_layer
 from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
-from headrace.config import ConfigError
 from headrace.ops.moe import MoEWeights
 from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
 from headrace.ops.tiles import MoETiles, Tile
@@ -50,8 +49,7 @@ def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:
 
     Raises ConfigError where there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU here; tiles can only be timed on one")
+    need_gpu("tiles")
     torch.manual_seed(0)
     _compile({tile for e in NUM_EXPERTS for m in sizes for tile in candidates(m, e)})
     rows: list[TuneRow] = []

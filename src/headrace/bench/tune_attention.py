@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from headrace.bench.case import time_us
+from headrace.bench.case import need_gpu, time_us
 from headrace.bench.cases_attention import (
     WINDOW,
     Attention,
@@ -24,7 +24,6 @@ from headrace.bench.cases_attention import (
 )
 from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
-from headrace.config import ConfigError
 from headrace.ops.attention_plan import AttentionPlan, AttentionTile, empty_plan
 
 SIZES = (1, 4, 16, 64, 128, 512, 2048, 8192)
@@ -68,8 +67,7 @@ def run_tune_attention(console: Console, sizes: Sequence[int], out: Path) -> Non
     A tile that does not compile or gives wrong results is named and left out. Raises ConfigError
     where there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU here; tiles can only be timed on one")
+    need_gpu("tiles")
     torch.manual_seed(0)
     tiles = []
     for tile, error in zip(TILES, compile_tiles(), strict=True):

@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from headrace.bench.case import NUM_WEIGHT_SETS, Case, time_us
+from headrace.bench.case import NUM_WEIGHT_SETS, Case, need_gpu, time_us
 from headrace.bench.cases_moe import HIDDEN, TOP_K, make_step, random_layer
 from headrace.bench.kernels import Failures
 from headrace.bench.results import write_csv
-from headrace.config import ConfigError
 from headrace.ops.moe import MoEWeights
 from headrace.ops.tiles import MoETiles, Problem, choose
 
@@ -43,8 +42,7 @@ def run_tune_launches(console: Console, sizes: Sequence[int], out: Path) -> None
     A way that does not run or gives wrong results is named and left out. Raises ConfigError where
     there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU here; launches can only be timed on one")
+    need_gpu("launches")
     torch.manual_seed(0)
     layers = [random_layer(NUM_EXPERTS, torch.device("cuda")) for _ in range(NUM_WEIGHT_SETS)]
     rows: list[LaunchRow] = []

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from headrace.bench.case import Case, time_us
+from headrace.bench.case import Case, need_gpu, time_us
 from headrace.bench.cases_linear import (
     EPS,
     LAYERS,
@@ -31,7 +31,6 @@ from headrace.bench.cases_linear import (
 )
 from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
-from headrace.config import ConfigError
 from headrace.ops import linear_kernel
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose, tma_fits
 from headrace.ops.norm import rms_norm
@@ -70,8 +69,7 @@ def run_tune_linear(console: Console, sizes: Sequence[int], out: Path) -> None:
     A tile that does not compile or gives wrong results is named and left out. Raises ConfigError
     where there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU here; tiles can only be timed on one")
+    need_gpu("tiles")
     torch.manual_seed(0)
     problems = [
         (layer, LinearProblem(num_tokens, layer.out_features, layer.in_features))

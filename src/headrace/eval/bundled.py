@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from headrace.files import BUNDLED_MODEL
 from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.tokenizer import load_tokenizer
 
@@ -24,8 +25,8 @@ def load_questions(skill: str, **metadata: Any) -> dict[str, Any]:
     """
     from datasets import Dataset
 
-    tokenizer = load_tokenizer(DATA / "tiny")
-    source = load_template_source(DATA / "tiny", is_harmony=True)
+    tokenizer = load_tokenizer(BUNDLED_MODEL)
+    source = load_template_source(BUNDLED_MODEL, is_harmony=True)
     assert source is not None
     template = ChatTemplate(source, tokenizer.quote)
     rows = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headrace.config import ConfigError
+from headrace.files import BUNDLED_MODEL
 from headrace.lora.adapter import Adapter, config_fields, read_adapter
 from headrace.lora.check import check_adapter
 from headrace.lora.factors import Factors
@@ -57,7 +57,7 @@ def find_model(path: Path) -> Path:
     """The base model that an adapter names: a directory here, or the bundled one."""
     name = str(config_fields(path).get("base_model_name_or_path") or "")
     if name == BUNDLED_NAME:
-        return Path(str(resources.files("headrace") / "data" / "tiny"))
+        return BUNDLED_MODEL
     if not name or not (Path(name) / "config.json").is_file():
         raise ConfigError(f"{path} was made for {name or 'an unnamed model'}: give --model DIR")
     return Path(name)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.ops import attention_plan
+from headrace.ops import attention_plan, dispatch
 from headrace.ops.arrival_kernel import arrive
 from headrace.ops.attention_plan import FIELDS, HEADER, AttentionPlan
 
@@ -335,7 +335,7 @@ def paged_attention(
     shape, tile = plan.shape, plan.shape.tile
     page, num_kv_heads, head_dim = kv_cache.shape[2:]
     group = shape.num_heads // num_kv_heads
-    early = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    early = dispatch.is_hopper(q)
     attention_kernel[(shape.num_programs,)](
         q, kv_cache, block_table, sinks, plan.words,
         plan.part_acc, plan.part_m, plan.part_total, out,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops import dispatch
 from headrace.ops.experts import Activation
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
@@ -328,7 +329,7 @@ def grouped_matmul(
         values, scales, factor = weight.words, weight.scales, 2.0**weight.exponent
     else:
         values, scales, factor = weight.values, bias, 1.0  # scales unused
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    hopper = dispatch.is_hopper(x)
     early = tile.early and hopper
     num_blocks = slots.blocks.shape[0]
     grid = (num_blocks * triton.cdiv(weight.out_features, tile.block_n),)

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headrace.ops import dispatch
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
 from headrace.ops.prefetch_kernel import prefetch
@@ -182,7 +183,7 @@ def linear(
         *weight.shape,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
         EARLY=tile.early,
-        LET_NEXT_START=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        LET_NEXT_START=dispatch.is_hopper(x),
         PERSISTENT=tile.programs > 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -216,7 +217,7 @@ def _problem(x: Tensor, weight: Tensor) -> LinearProblem:
         problem,
         num_sms=gpu["multiprocessor_count"],
         shared_memory=gpu["max_shared_mem"],
-        has_tma=aligned and torch.cuda.get_device_capability(x.device) >= (9, 0),
+        has_tma=aligned and dispatch.is_hopper(x),
     )
 
 

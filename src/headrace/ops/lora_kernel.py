@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops import dispatch
 from headrace.ops.arena import Take
 from headrace.ops.embedding_kernel import known_id
 from headrace.ops.lora import LoraRows, LoraSite
@@ -506,7 +507,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     block_k = 128 if block_r == 16 and work.block_m <= 64 else 64
     if block_k == 128 and math.prod(grid) <= 132 and work.num_blocks <= FEW_BLOCKS:
         block_k = 256  # one program an SM: a slice of 768 in three steps, all under way at once
-    early = _early(x)
+    early = dispatch.is_hopper(x)
     shrink_kernel[grid](
         x, memory, site.a, site.b, site.rank, site.scale, parts,
         work.order, work.table, work.slot_of_token, num_rows, num_slots, site.in_features, max_rank,
@@ -529,7 +530,7 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
             f"{(num_rows, sum(site.widths))}"
         )
     num_slots, max_rank, block_m = site.rank.shape[1], parts.shape[3], work.block_m
-    early = _early(y)
+    early = dispatch.is_hopper(y)
     # blocks without work should cost little, however wide y is
     tiles = min(triton.cdiv(max(site.widths), DENSE_BLOCK_N), MOST_TILES)
     grid = (work.num_blocks, tiles, num_segments)
@@ -554,11 +555,6 @@ def _one_part(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The memory of the first part for values of another dtype, of float32's size or less."""
     first = parts[:1]
     return first.view(-1).view(dtype)[: first.numel()].view(first.shape)
-
-
-def _early(x: Tensor) -> bool:
-    """Whether a launch may begin before the kernel before it has ended: from sm_90 on."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def _align(site: LoraSite) -> int:

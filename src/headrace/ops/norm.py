@@ -21,15 +21,7 @@ class NextNorm:
 
     def check(self, h: Tensor) -> None:
         """Raise ValueError where the shapes do not fit."""
-        if tuple(self.weight.shape) != (h.shape[1],) or not self.weight.is_contiguous():
-            raise ValueError(
-                f"weight has shape {tuple(self.weight.shape)}; h needs ({h.shape[1]},)"
-            )
-        if self.out.shape != h.shape or not self.out.is_contiguous():
-            raise ValueError(
-                f"out has shape {tuple(self.out.shape)}, strides {self.out.stride()}; h needs "
-                f"contiguous {tuple(h.shape)}"
-            )
+        check(h, self.weight, self.out)
 
 
 def rms_norm(
@@ -52,3 +44,19 @@ def rms_norm(
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs {(x.shape[-1],)}")
     y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return y if out is None else out.copy_(y)
+
+
+def check(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Raise ValueError, naming the argument, where one does not fit the others."""
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, strides {x.stride()}; pass contiguous "
+            "[num_tokens, hidden]"
+        )
+    if tuple(weight.shape) != (x.shape[1],) or not weight.is_contiguous():
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs ({x.shape[1]},)")
+    if out.shape != x.shape or not out.is_contiguous():
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}, strides {out.stride()}; pass contiguous "
+            f"{tuple(x.shape)}"
+        )

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops import dispatch
+
 BLOCK_HEADS = 16  # of one token, in a program
 
 
@@ -125,7 +127,7 @@ def rope_and_cache(
     _check_rows("cos", cos, (num_tokens, 1, head_dim // 2), torch.float32)
     _check_rows("sin", sin, (num_tokens, 1, head_dim // 2), torch.float32)
     _check_rows("slots", slots, (num_tokens,), torch.int64)
-    early = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    early = dispatch.is_hopper(qkv)
     if num_tokens:
         rope_and_cache_kernel[(num_tokens, triton.cdiv(heads, BLOCK_HEADS))](
             qkv, cos, sin, kv_cache, slots, out, kv_cache.stride(0),

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headrace.ops import dispatch
 from headrace.ops.arena import fresh
 from headrace.ops.arrival_kernel import arrive
 from headrace.ops.lora import MoELora
@@ -530,7 +531,7 @@ def _launch_router(
     rows = 1 if num_tokens == 1 else 4 if num_tokens <= 4 else BLOCK_T
     if padded_hidden < NUM_WARPS * 32 * 8:  # threads, and values that each one loads at once
         rows = BLOCK_T
-    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    early = dispatch.is_hopper(x)
     router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
         buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,

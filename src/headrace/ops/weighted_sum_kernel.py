@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from headrace.ops import dispatch
 from headrace.ops.norm import NextNorm
+from headrace.ops.norm_kernel import normalize
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_local"])
@@ -50,8 +51,7 @@ def weighted_sum_kernel(
     tl.store(out_ptr + place, out, mask=mask)
     if norm_weight_ptr is not None:
         weight = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        x = out.to(tl.float32)
-        normed = x * tl.rsqrt(tl.sum(x * x) / hidden + eps) * weight
+        normed = normalize(out.to(tl.float32), weight, hidden, eps)
         tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
@@ -73,7 +73,7 @@ def weighted_sum(
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, block))](
             y, expert_ids, residual, out, weight, normed, hidden, eps, local.start, len(local),
             TOP_K=expert_ids.shape[1], BLOCK=block,
-            LET_NEXT_START=out.is_cuda and torch.cuda.get_device_capability(out.device) >= (9, 0),
+            LET_NEXT_START=dispatch.is_hopper(out),
             num_warps=4 if weight is None else 8,
         )  # fmt: skip
     return out
