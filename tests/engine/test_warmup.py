@@ -49,6 +49,43 @@ counts.append([len(gpu.loaded), len(gpu.launched)])
 print(json.dumps({"kernels": done.num_kernels, "compiled": done.num_compiled, "counts": counts}))
 """
 
+LAUNCHERS = """
+import sys, threading
+from triton.runtime.build import compile_module_from_src
+from headrace.engine.warmup import keep_launchers_apart
+
+MODULE = '''
+#include <Python.h>
+static PyObject *launch(PyObject *self, PyObject *args) { return PyLong_FromLong(%d); }
+static PyMethodDef methods[] = {{"launch", launch, METH_VARARGS, 0}, {0}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "__triton_launcher", 0, -1, methods};
+PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&definition); }
+'''
+wrong = []
+
+def load(number):
+    for _ in range(300):
+        module = compile_module_from_src(MODULE % number, "__triton_launcher")
+        wrong.extend([number] * (module.launch() != number))
+
+keep_launchers_apart()
+sys.setswitchinterval(1e-6)
+for number in range(8):
+    compile_module_from_src(MODULE % number, "__triton_launcher")
+threads = [threading.Thread(target=load, args=(number,)) for number in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not wrong, f"{len(wrong)} of 2400 times another's"
+"""
+
+
+def test_threads_that_load_launchers_get_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    process = run_script(LAUNCHERS, tmp_path)
+    assert process.returncode == 0, process.stderr
+
 
 def test_each_kernel_is_compiled_and_loaded_once_and_kept_on_disk(tmp_path: Path) -> None:
     pytest.importorskip("triton")

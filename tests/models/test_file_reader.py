@@ -44,6 +44,13 @@ def test_many_chunks_and_many_tensors_at_once(tmp_path: Path, reader: FileReader
         assert torch.equal(read.wait(), data[piece.offset :])
 
 
+def test_a_tensor_of_inference_mode(tmp_path: Path, reader: FileReader) -> None:
+    data = torch.arange(100, dtype=torch.uint8)
+    with torch.inference_mode():
+        read = reader.start(FilePiece(file_of(tmp_path / "f", data), 0, torch.uint8, (100,))).wait()
+    assert torch.equal(read, data)
+
+
 def test_a_file_that_ends_too_early(tmp_path: Path, reader: FileReader) -> None:
     file = file_of(tmp_path / "f", torch.ones(100, dtype=torch.uint8))
     with pytest.raises(OSError, match="ends at byte 100"):

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,10 +39,13 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
     sizes or indices from them. Raises ConfigError if the disk can't hold what is compiled.
     """
     start = time.perf_counter()
+    keep_launchers_apart()
+    on_gpu = device.type == "cuda"
+    index = torch.cuda.current_device() if on_gpu and device.index is None else device.index
 
     def use_device() -> None:  # each thread has a current device of its own
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if on_gpu:
+            torch.cuda.set_device(index)
 
     try:
         with (
@@ -78,6 +83,26 @@ def _compile_mode(pool: ThreadPoolExecutor) -> Any:
             return future
 
     return CompileMode(pool)
+
+
+@cache
+def keep_launchers_apart() -> None:
+    """Let threads load launchers at once; from now on, in the whole process.
+
+    A launcher is a C module, and Triton gives all of them one name. Python keeps such modules by
+    name: a second load of a file puts its functions into whichever module has the name by then.
+    Between the load of a launcher and the look at its function, another thread could thus have
+    put another launcher's function there. Here each file has a name of its own.
+    """
+    from triton.runtime import build
+
+    load = build._load_module_from_path
+
+    def load_by_own_name(name: str, path: str) -> ModuleType:
+        # Python calls the PyInit_ of what follows the last dot; the folder's name is a hash
+        return load(f"{Path(path).parent.name}.{name}", path)
+
+    build._load_module_from_path = load_by_own_name
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class FileReader:
     def _on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
+    @torch.inference_mode()  # also tensors that were made in it are filled
     def _fill(
         self, target: Tensor, piece: FilePiece, at: int, free: torch.cuda.Event | None
     ) -> None:
