@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
+import triton
 from torch import Tensor
 
 
@@ -14,3 +18,18 @@ def takes_kernel(x: Tensor) -> bool:
 def is_hopper(x: Tensor) -> bool:
     """Whether x's GPU has TMA, bulk prefetch and programmatic dependent launch: from sm_90 on."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """What choices of tiles depend on."""
+
+    num_sms: int
+    shared_memory: int  # bytes that one program can have
+
+
+@cache
+def gpu_limits(index: int | None) -> GpuLimits:
+    """Of one GPU; asking the driver takes 1 ms, longer than a launch, so it is asked once."""
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    return GpuLimits(found["multiprocessor_count"], found["max_shared_mem"])

@@ -211,12 +211,12 @@ def _problem(x: Tensor, weight: Tensor) -> LinearProblem:
     problem = LinearProblem(len(x), weight.shape[0], weight.shape[1])
     if not x.is_cuda:
         return problem
-    gpu = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    gpu = dispatch.gpu_limits(x.device.index)
     aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     return replace(
         problem,
-        num_sms=gpu["multiprocessor_count"],
-        shared_memory=gpu["max_shared_mem"],
+        num_sms=gpu.num_sms,
+        shared_memory=gpu.shared_memory,
         has_tma=aligned and dispatch.is_hopper(x),
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import triton
 from torch import Tensor
 
-from headrace.ops import routing_kernel
+from headrace.ops import dispatch, routing_kernel
 from headrace.ops.experts import ExpertWeight
 from headrace.ops.experts_kernel import (
     Activation,
@@ -100,8 +99,8 @@ def choose_tiles(num_slots: int, weights: MoEWeights) -> MoETiles:
     problem = Problem(num_slots, weights.num_experts, mxfp4)
     device = weights.norm.device
     if device.type == "cuda":
-        gpu = triton.runtime.driver.active.utils.get_device_properties(device.index)
-        problem = replace(problem, shared_memory=gpu["max_shared_mem"])
+        limits = dispatch.gpu_limits(device.index)
+        problem = replace(problem, shared_memory=limits.shared_memory)
     return choose(problem)
 
 
