@@ -46,7 +46,6 @@ LAYER = {
 STEP = {
     "embed_kernel": 1,
     "cos_sin_kernel": 1,
-    "aten::index_select": 1,  # the rows that have logits
     "rms_norm_kernel": 2,  # before the first layer; of the rows that have logits
     "linear_kernel": 1,  # LM head
 }

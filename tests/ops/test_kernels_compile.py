@@ -196,7 +196,7 @@ def all_kernels(capability):
     results["sum"] = compile_kernel(weighted_sum_kernel.weighted_sum_kernel, capability,
                                     dict(TOP_K=4, BLOCK=4096) | next_start, 8)
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
-                                     dict(BLOCK=4096) | next_start, 8)
+                                     dict(BLOCK=4096) | next_start, 8, rows="*i64")
     for experts in (32, 128):
         # 1, 16, 128 tokens, and more
         for split, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):

@@ -37,6 +37,14 @@ def test_out_may_be_x() -> None:
     assert torch.equal(x, expected)
 
 
+def test_of_some_rows() -> None:
+    x, weight = inputs(5, 64)
+    rows = torch.tensor([4, 0, 4])
+    out = torch.empty(3, 64)
+    assert rms_norm(x, weight, 1e-5, out=out, rows=rows) is out
+    assert torch.equal(out, rms_norm(x, weight, 1e-5)[rows])
+
+
 @pytest.mark.parametrize("wrong", ["eps", "weight", "mean"])
 def test_a_wrong_norm_is_noticed(wrong: str) -> None:
     x, weight = inputs(3, 64)

@@ -37,6 +37,14 @@ def test_in_place():
     torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@interpreted
+def test_of_some_rows():
+    x, weight, rows = torch.randn(5, 48), torch.randn(48), torch.tensor([4, 0, 4])
+    out = torch.full((3, 48), float("nan"))
+    norm_kernel.rms_norm(x, weight, 1e-5, out, rows)
+    torch.testing.assert_close(out.double(), exact(x[rows], weight, 1e-5), rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     x, weight = torch.randn(2, 8), torch.randn(8)
     for bad, message in (
@@ -47,6 +55,8 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             norm_kernel.rms_norm(bad[0], bad[1], 1e-5, bad[2])
+    with pytest.raises(ValueError, match=r"out has shape \(2, 8\).*pass contiguous \(1, 8\)"):
+        norm_kernel.rms_norm(x, weight, 1e-5, x, torch.tensor([1]))
 
 
 @gpu
@@ -59,6 +69,8 @@ def test_gpu_equals_float64_and_a_row_its_own_bits():
     for num_tokens in (1, 2, 3, 7, 16, 17, 129, 1000):
         rows = slice(5, 5 + num_tokens)
         assert torch.equal(norm.rms_norm(x[rows], weight, 1e-5), out[rows])
+    some = torch.tensor([4095, 0, 7], device="cuda")
+    assert torch.equal(norm.rms_norm(x, weight, 1e-5, rows=some), out[some])
 
 
 @gpu

@@ -124,8 +124,7 @@ class GptOss:
             next_norm = self._next_norm(i, buffers)
             moe_lora = lora.moe(i) if lora else None
             moe_layer(h, layer.moe, buffers.moe, out=h, lora=moe_lora, next_norm=next_norm)
-        x = torch.index_select(h, 0, batch.output_rows, out=buffers.outputs)
-        rms_norm(x, self.weights.norm, eps, out=x)
+        x = rms_norm(h, self.weights.norm, eps, out=buffers.outputs, rows=batch.output_rows)
         logits = linear(x, self.weights.lm_head, out=buffers.logits)
         if lora:
             lora.add_to_lm_head(logits, x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,25 +27,27 @@ def rms_norm(
     x: Tensor,  # [num_tokens, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
-    out: Tensor | None = None,  # [num_tokens, hidden]; may be x
+    out: Tensor | None = None,  # [num_tokens or num_rows, hidden]; may be x where rows is None
+    rows: Tensor | None = None,  # [num_rows] int64: of x, the ones wanted; None: all
 ) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+    """y = x / sqrt(mean(x^2) + eps) * weight of x = x[rows], in float32, rounded once.
 
-    Returns out, or a new tensor of x's shape and dtype. Raises ValueError where the shapes do not
-    fit.
+    Returns out, or a new tensor of x's dtype. Raises ValueError where the shapes do not fit.
     """
     if dispatch.takes_kernel(x):
         from headrace.ops import norm_kernel
 
-        out = torch.empty_like(x) if out is None else out
-        return norm_kernel.rms_norm(x, weight, eps, out)
+        if out is None:
+            out = x.new_empty(len(x) if rows is None else len(rows), *x.shape[1:])
+        return norm_kernel.rms_norm(x, weight, eps, out, rows)
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs {(x.shape[-1],)}")
+    x = x if rows is None else x[rows]
     y = F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return y if out is None else out.copy_(y)
 
 
-def check(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
     """Raise ValueError, naming the argument, where one does not fit the others."""
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(
@@ -55,8 +56,8 @@ def check(x: Tensor, weight: Tensor, out: Tensor) -> None:
         )
     if tuple(weight.shape) != (x.shape[1],) or not weight.is_contiguous():
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs ({x.shape[1]},)")
-    if out.shape != x.shape or not out.is_contiguous():
+    shape = (len(x) if rows is None else len(rows), x.shape[1])
+    if tuple(out.shape) != shape or not out.is_contiguous():
         raise ValueError(
-            f"out has shape {tuple(out.shape)}, strides {out.stride()}; pass contiguous "
-            f"{tuple(x.shape)}"
+            f"out has shape {tuple(out.shape)}, strides {out.stride()}; pass contiguous {shape}"
         )

@@ -22,39 +22,42 @@ def normalize(x, weight, hidden, eps):
 def rms_norm_kernel(
     x_ptr,  # [num_tokens, hidden]
     weight_ptr,  # [hidden]
-    out_ptr,  # [num_tokens, hidden]
+    rows_ptr,  # [num_rows] int64, or None
+    out_ptr,  # [num_tokens or num_rows, hidden]
     hidden,
     eps,
     LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
     BLOCK: tl.constexpr,
 ):
-    """out = x / sqrt(mean(x ** 2) + eps) * weight."""
+    """out = x / sqrt(mean(x ** 2) + eps) * weight, of all rows of x or of some."""
     if LET_NEXT_START:
         gdc_launch_dependents()
-    start = tl.program_id(0).to(tl.int64) * hidden
+    out_row = tl.program_id(0).to(tl.int64)
+    row = out_row if rows_ptr is None else tl.load(rows_ptr + out_row)
     column = tl.arange(0, BLOCK)
     mask = column < hidden
-    x = tl.load(x_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * hidden + column, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     out = normalize(x, weight, hidden, eps)
-    tl.store(out_ptr + start + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + out_row * hidden + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(
     x: Tensor,  # [num_tokens, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
-    out: Tensor,  # [num_tokens, hidden]; may be x
+    out: Tensor,  # [num_tokens or num_rows, hidden]; may be x where rows is None
+    rows: Tensor | None = None,  # [num_rows] int64
 ) -> Tensor:
-    """out = x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+    """out = x / sqrt(mean(x^2) + eps) * weight of x = x[rows], in float32, rounded once.
 
     Raises ValueError for shapes that do not fit and for tensors that are not contiguous.
     """
-    check(x, weight, out)
-    num_tokens, hidden = x.shape
-    if num_tokens:
-        rms_norm_kernel[(num_tokens,)](
-            x, weight, out, hidden, eps,
+    check(x, weight, out, rows)
+    num_rows, hidden = out.shape
+    if num_rows:
+        rms_norm_kernel[(num_rows,)](
+            x, weight, rows, out, hidden, eps,
             LET_NEXT_START=dispatch.is_hopper(x),
             BLOCK=triton.next_power_of_2(hidden), num_warps=8,
         )  # fmt: skip
