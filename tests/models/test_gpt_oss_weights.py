@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from headrace.files import read_json
 from headrace.models import load_model
 from headrace.models.config import parse_config, read_config
 from headrace.models.file_reader import FileReader
-from headrace.models.gpt_oss_weights import load_gpt_oss, tensor_shapes
+from headrace.models.gpt_oss_weights import (
+    blank_gpt_oss,
+    check_gpt_oss,
+    load_gpt_oss,
+    tensor_shapes,
+)
 from headrace.models.weights import Checkpoint, quantize_experts, write_checkpoint
 from headrace.ops.experts import Experts
 from headrace.ops.experts_kernel import DenseWeight
@@ -188,6 +193,29 @@ def test_prepared_experts_hold_the_numbers_of_the_checkpoint(
         name = f"model.layers.0.mlp.experts.{proj}_proj"
         assert torch.equal(blocks, stored[f"{name}_blocks"])
         assert torch.equal(scales, stored[f"{name}_scales"])
+
+
+def like(value: Any) -> Any:
+    """What launches depend on: shapes, strides and dtypes instead of tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple):
+        return [like(item) for item in value]
+    if is_dataclass(value):
+        return {f.name: like(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "dense"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_blank_weights_are_like_those_of_the_checkpoint(
+    tmp_path: Path, reader: FileReader, experts: str, is_tied: bool
+) -> None:
+    path = random_checkpoint(tmp_path, seed=0, experts=experts, tie_word_embeddings=is_tied)
+    config, checkpoint = read_config(path), Checkpoint(path, reader)
+    blank = blank_gpt_oss(config, check_gpt_oss(config, checkpoint), torch.device("cpu"))
+    read = load_gpt_oss(config, checkpoint, torch.bfloat16, gpu_layout=True)
+    assert like(blank) == like(read)
 
 
 def test_dense_experts_are_transposed_for_the_gpu(tmp_path: Path, reader: FileReader) -> None:

@@ -21,6 +21,7 @@ def cache_memory(config: EngineConfig, device: torch.device) -> int:
     if config.kv_cache_memory:
         return config.kv_cache_memory
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later is free too
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, int(free * CUDA_SHARE) - CUDA_RESERVE)
     return min(CPU_MOST, int(available_memory() * CPU_SHARE))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
@@ -27,7 +29,7 @@ from headrace.engine.sampler import Sampled, Sampler, Scores
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan, Scheduler
 from headrace.engine.threads import set_cpu_threads
 from headrace.engine.warmup import WarmUp, warm_up
-from headrace.models import Model, load_model
+from headrace.models import Model, open_model
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Engine:
         set_cpu_threads(config.model)
         phases = Phases()
         with phases("weights"):
-            self.model = model or load_model(config.model, config.device, config.dtype, progress)
-        on_gpu = self.model.device.type == "cuda"
-        weight_bytes = torch.cuda.memory_allocated() if on_gpu else 0
+            found = (config.model, config.device, config.dtype, progress)
+            self.model, read_weights = (model, lambda: None) if model else open_model(*found)
+        device = self.model.device
+        on_gpu, blank_bytes = device.type == "cuda", tensor_bytes(device)
         with phases("adapters"):
             if on_gpu:  # on the CPU memory is taken as it is needed
                 rows = max(config.max_num_batched_tokens, config.max_num_seqs)
@@ -68,15 +71,20 @@ class Engine:
                 with memory_for(f"a step of {rows} tokens", "--max-num-batched-tokens"):
                     self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
             self.adapters = Adapters(config, self.model)
-        with phases("cache"):
-            vocab_size = self.model.config.vocab_size
-            self.sampler = Sampler(vocab_size, config.max_num_seqs, self.model.device)
-            with memory_for("the KV cache", "--kv-cache-memory"):
-                self._make_cache()
-        warmed = WarmUp(0, 0, 0.0)
+        self.sampler = Sampler(self.model.config.vocab_size, config.max_num_seqs, device)
+        other_bytes = tensor_bytes(device) - blank_bytes
+        with ThreadPoolExecutor(1) as beside:
+            compiling = beside.submit(self._compile_early) if on_gpu else None
+            with phases("weights"), memory_for("the checkpoint", "--max-num-batched-tokens"):
+                read_weights()
+            with phases("kernels"):
+                warmed = compiling.result() if compiling else WarmUp(0, 0)
+        weight_bytes = tensor_bytes(device) - other_bytes
+        with phases("cache"), memory_for("the KV cache", "--kv-cache-memory"):
+            self._make_cache()
         if on_gpu:
             with phases("kernels"):
-                warmed = warm_up(self._dry_run, self.model.device)
+                warmed += warm_up(partial(self._dry_run, self.runner), device)
             with phases("graphs"):
                 self.runner.capture()
         with phases("adapters"):
@@ -91,9 +99,15 @@ class Engine:
         self._num_steps = 0
         self._iteration_tokens: list[int] = []
 
-    def _dry_run(self) -> None:
+    def _compile_early(self) -> WarmUp:
+        """Warm up with a small cache, while the weights are read."""
+        num_pages = [2] * len(self.model.kv_layout.windows)
+        runner = Runner(self.model, num_pages, self.config, 1, self.adapters.weights)
+        return warm_up(partial(self._dry_run, runner), self.model.device)
+
+    def _dry_run(self, runner: Runner) -> None:
         """Launch every kernel of steps, of sampling and of checks, for whoever watches."""
-        self.runner.dry_run()
+        runner.dry_run()
         self.sampler.dry_run()
         self.adapters.dry_run()
 
@@ -290,6 +304,11 @@ class Engine:
         """Assert that every page is held by a running request, or free."""
         self.cache.check(self.scheduler.running)
         assert all(not request.block_tables for request in self.scheduler.waiting)
+
+
+def tensor_bytes(device: torch.device) -> int:
+    """What tensors take on a GPU; 0 for the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def output_rows(

@@ -82,17 +82,18 @@ class Runner:
     @torch.inference_mode()
     def dry_run(self) -> None:
         """One step of every kind, so that whoever watches sees every kernel that steps launch."""
+        model = self.model.first_layers()
         sizes, num_groups = graph_sizes(self.max_num_seqs), len(self._plans)
         most_outputs = self.max_num_seqs + MAX_SCORED_ROWS
         chunks = {n - odd for n in doublings(self._max_num_tokens) for odd in (0, 1) if n > odd}
         for has_lora in {False, self._lora is not None}:
             for size in sizes:
-                self.model.forward(self._idle_decode(size, has_lora))
+                model.forward(self._idle_decode(size, has_lora))
             for n in sorted(chunks):
                 rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
                 # as many rows of logits as there can be: those of prompts that are scored
                 rows = replace(rows, output_rows=np.arange(min(n, most_outputs)))
-                self.model.forward(self._batch(rows, NO_ADAPTER if has_lora else None))
+                model.forward(self._batch(rows, NO_ADAPTER if has_lora else None))
 
     def _idle_decode(self, size: int, has_lora: bool) -> Batch:
         rows = FlatRows.idle(size, 1, len(self._plans))

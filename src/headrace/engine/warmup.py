@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +28,9 @@ class WarmUp:
 
     num_kernels: int
     num_compiled: int  # the others were found on disk
-    seconds: float
+
+    def __add__(self, other: WarmUp) -> WarmUp:
+        return WarmUp(self.num_kernels + other.num_kernels, self.num_compiled + other.num_compiled)
 
 
 def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
@@ -38,7 +39,6 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
     All else in dry_run runs as it is, on tensors that no kernel has written: it must not take
     sizes or indices from them. Raises ConfigError if the disk can't hold what is compiled.
     """
-    start = time.perf_counter()
     keep_launchers_apart()
     on_gpu = device.type == "cuda"
     index = torch.cuda.current_device() if on_gpu and device.index is None else device.index
@@ -59,7 +59,7 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
         raise ConfigError(
             f"compiled kernels can't be kept, set TRITON_CACHE_DIR: {error}"
         ) from None
-    return WarmUp(len(compiling.future_kernels), sum(compiled), time.perf_counter() - start)
+    return WarmUp(len(compiling.future_kernels), sum(compiled))
 
 
 def _compile_mode(pool: ThreadPoolExecutor) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +104,13 @@ class GptOss:
             "lm_head.weight": weights.lm_head,
         }
         return tensors[name]
+
+    def first_layers(self) -> GptOss:
+        """The same with one layer of each kind, and one more: only the last has no next norm."""
+        of_layer, short = self.kv_layout.group_of_layer, copy(self)
+        num_layers = 2 + max(of_layer.index(group) for group in set(of_layer))
+        short.weights = replace(self.weights, layers=self.weights.layers[:num_layers])
+        return short
 
     def forward(self, batch: Batch) -> Tensor:
         """Run one step. Writes the new keys and values into batch.kv_cache.

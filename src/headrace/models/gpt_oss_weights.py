@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -35,9 +36,15 @@ def load_gpt_oss(
     config: GptOssConfig, checkpoint: Checkpoint, dtype: torch.dtype, gpu_layout: bool
 ) -> GptOssWeights:
     """Check every tensor, then read them. ConfigError names what doesn't fit config.json."""
+    is_mxfp4 = check_gpt_oss(config, checkpoint)
+    return read_gpt_oss(config, checkpoint, is_mxfp4, dtype, gpu_layout)
+
+
+def check_gpt_oss(config: GptOssConfig, checkpoint: Checkpoint) -> bool:
+    """Check every tensor, and tell whether the experts are packed in MXFP4."""
     is_mxfp4 = has_packed_experts(checkpoint)
     checkpoint.check(tensor_shapes(config, is_mxfp4))
-    return read_gpt_oss(config, checkpoint, is_mxfp4, dtype, gpu_layout)
+    return is_mxfp4
 
 
 def has_packed_experts(checkpoint: Checkpoint) -> bool:
@@ -72,6 +79,32 @@ def read_gpt_oss(
         norm=source.read("model.norm.weight").to(dtype),
         lm_head=embedding if tied else source.read("lm_head.weight").to(dtype),
     )
+
+
+class Blank:
+    """Zeros of the checkpoint's shapes: for launches that lead to kernels, not to numbers."""
+
+    def __init__(self, shapes: Shapes, device: torch.device) -> None:
+        self._shapes = shapes
+        self._device = device
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """There is nothing to fetch."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the dtype that checkpoints have."""
+        is_packed = name.endswith(("_blocks", "_scales"))
+        dtype = torch.uint8 if is_packed else torch.bfloat16
+        return torch.zeros(self._shapes[name], dtype=dtype, device=self._device)
+
+
+def blank_gpt_oss(config: GptOssConfig, is_mxfp4: bool, device: torch.device) -> GptOssWeights:
+    """What `read_gpt_oss` makes for the GPU, of zeros: one layer is all layers."""
+    one = replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1])
+    one = replace(one, tie_word_embeddings=True)  # takes the memory once
+    source = Blank(tensor_shapes(one, is_mxfp4), device)
+    weights = read_gpt_oss(one, source, is_mxfp4, torch.bfloat16, gpu_layout=True)
+    return replace(weights, layers=config.num_hidden_layers * weights.layers)
 
 
 def _prefix(layer: int) -> str:

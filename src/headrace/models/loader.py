@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,12 @@ from headrace.models.batch import Batch, KVLayout
 from headrace.models.config import GptOssConfig, read_config
 from headrace.models.file_reader import FileReader
 from headrace.models.gpt_oss import GptOss
-from headrace.models.gpt_oss_weights import load_gpt_oss
+from headrace.models.gpt_oss_weights import (
+    blank_gpt_oss,
+    check_gpt_oss,
+    load_gpt_oss,
+    read_gpt_oss,
+)
 from headrace.models.weights import Checkpoint, Progress
 
 GPU_LAYOUT_RATIO = 1.05  # of the checkpoint's bytes: padded columns, and a layer on its way
@@ -37,6 +43,10 @@ class Model(Protocol):
         """The embedding or the LM head, by the checkpoint's name."""
         ...
 
+    def first_layers(self) -> Model:
+        """A model of as many layers as launch every kernel that this one does."""
+        ...
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits of batch.output_rows, [num_outputs, vocab_size] float32."""
         ...
@@ -48,11 +58,26 @@ def load_model(
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> Model:
-    """Load the checkpoint in a directory of Hugging Face layout.
+    """Load the checkpoint in a directory of Hugging Face layout: `open_model`, and all is read."""
+    model, read_weights = open_model(path, device, dtype, progress)
+    read_weights()
+    return model
+
+
+def open_model(
+    path: Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Model, Callable[[], None]]:
+    """Check a checkpoint; its model, and the function that reads the weights.
+
+    On the GPU the model's weights are zeros until then: its forward launches the same kernels. On
+    the CPU there is nothing left to read.
 
     device: cpu, cuda or auto (cuda if there is one). dtype: float32, bfloat16 or auto (float32 on
     the CPU, bfloat16 elsewhere). progress is called with (bytes read, bytes in all).
-    Raises ConfigError naming the flag, the field or the tensor at fault.
+    Raises ConfigError naming the flag, the field or the tensor at fault; so does the function.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,13 +94,20 @@ def load_model(
     config = read_config(path)
     if device == "cpu":
         weights = load_gpt_oss(config, Checkpoint(path, None, progress), _DTYPES[dtype], False)
-        return GptOss(config, weights)
-    with closing(FileReader(torch.device(device))) as reader:
-        checkpoint = Checkpoint(path, reader, progress)
-        _check_memory(checkpoint)
-        weights = load_gpt_oss(config, checkpoint, torch.bfloat16, gpu_layout=True)
-    torch.cuda.empty_cache()  # what is free is the KV cache's
-    return GptOss(config, weights)
+        return GptOss(config, weights), lambda: None
+    reader = FileReader(torch.device(device))
+    checkpoint = Checkpoint(path, reader, progress)
+    is_mxfp4 = check_gpt_oss(config, checkpoint)
+    _check_memory(checkpoint)
+    model = GptOss(config, blank_gpt_oss(config, is_mxfp4, torch.device(device)))
+
+    def read_weights() -> None:
+        with closing(reader):
+            model.weights = read_gpt_oss(
+                config, checkpoint, is_mxfp4, torch.bfloat16, gpu_layout=True
+            )
+
+    return model, read_weights
 
 
 def _check_memory(checkpoint: Checkpoint) -> None:
