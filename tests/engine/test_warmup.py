@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import ast
+import gc
+import inspect
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from headrace.engine.warmup import nothing_collected
 from tests.fake_gpu import run_script
 
 KERNELS = """
@@ -98,6 +104,22 @@ def test_each_kernel_is_compiled_and_loaded_once_and_kept_on_disk(tmp_path: Path
         assert told["compiled"] == num_compiled
         assert told["counts"][0] == [7, 1]
         assert told["counts"][1] == [7, 1 + 6]  # launches afterwards have nothing to wait for
+
+
+def test_sources_are_parsed_in_threads_without_collections() -> None:
+    """Before Python 3.12.1 this raised a SystemError where collections ran."""
+    source = inspect.getsource(ast)
+
+    def yields(phase: str, info: object) -> None:
+        time.sleep(1e-4)
+
+    gc.callbacks.append(yields)
+    try:
+        with nothing_collected(), ThreadPoolExecutor(4) as pool:
+            assert len(list(pool.map(ast.parse, 8 * [source]))) == 8
+    finally:
+        gc.callbacks.remove(yields)
+    assert gc.isenabled()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
