@@ -41,9 +41,7 @@ tests() {
 
 sizes=(${SIZES:+--size $SIZES})
 kernels() { headrace bench kernels ${OPS:+--op $OPS} "${sizes[@]}" --out "$out"; }
-tune-launches() { headrace bench tune-launches "${sizes[@]}" --out "$out"; }
 tune-linear() { headrace bench tune-linear "${sizes[@]}" --out "$out"; }
-tune-attention() { headrace bench tune-attention "${sizes[@]}" --out "$out"; }
 tune-experts() { headrace bench tune "${sizes[@]}" --out "$out"; }
 
 batches=(${BATCHES:+--batch "$BATCHES"})

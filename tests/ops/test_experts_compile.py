@@ -16,7 +16,6 @@ SCRIPT = """
 import json, re, subprocess
 import torch, triton
 from triton.compiler.compiler import CompiledKernel
-from headrace.bench.tune_launches import SIZES, ways
 from headrace.ops.experts import Experts
 from headrace.ops.moe import MoEWeights, own_buffers
 from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
@@ -68,7 +67,6 @@ def note(kernel):
 CompiledKernel._init_handles = note
 tokens = [1 << i for i in range(14)]
 tiles = {choose(Problem(m * TOP_K, experts)) for m in tokens for experts in (32, 128)}
-tiles |= {way for m in SIZES for way in list(ways(choose(Problem(m * TOP_K, 32))))[-1:]}
 for choice in tiles:
     buffers = own_buffers(len(h), layer, "cpu", choice)
     gate_up_matmul(layer, buffers)
@@ -82,7 +80,7 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
     process = run_script(SCRIPT, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     kernels = json.loads(process.stdout.splitlines()[-1])
-    assert len(kernels) > 12
+    assert len(kernels) >= 12
     for kernel in kernels:
         assert not kernel["serialized"], kernel
         assert kernel["stack"] == 0, kernel
@@ -91,7 +89,5 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
         if kernel["constants"]["BLOCK_M"] == 128 and kernel["warps"] == 4:
             # two programs on an SM: one decodes while the other multiplies
             assert (kernel["shared"] + RESERVED) * 2 <= SM_MEMORY, kernel
-    early = [kernel for kernel in kernels if kernel["constants"]["EARLY"]]
-    assert len(early) == 2
-    for kernel in early:  # nothing is read or written that the kernel before may still work on
+        # nothing is read or written that the kernel before may still work on
         assert kernel["first_access"] == "griddepcontrol.wait", kernel

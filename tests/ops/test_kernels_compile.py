@@ -62,20 +62,15 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
 
 LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_ptr", "scale_ptr",
                "part_stride", "max_rank"]
-NEXT_MATMUL = ["next_words_ptr", "next_scales_ptr", "next_tiles_n", "next_tiles_k",
-               "next_tile_bytes"]
 
-def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False, fused=False):
+def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False):
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
         LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=min(64, 2048 // block_m),
-        EARLY=fused and capability == 90,
-        PREFETCH_BYTES=32768 if fused and capability == 90 else 0)
+        EARLY=capability == 90)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
-    if not (fused and first and capability == 90):
-        constants |= dict.fromkeys(NEXT_MATMUL)
     return compile_kernel(experts_kernel.grouped_matmul_kernel, capability, constants, warps,
                           stages, weight="*i32" if mxfp4 else "*bf16",
                           parts="*fp32" if block_m == 16 else "*bf16")
@@ -95,8 +90,6 @@ def lora_kernels(capability):
     results = {}
     for first in (True, False):
         results[f"mxfp4 lora 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True)
-        results[f"mxfp4 fused 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True,
-                                                   True)
         results[f"mxfp4 lora 64 {first}"] = matmul(capability, True, first, 64, 128, 8, 3, True)
     for experts in (True, False):
         results[f"shrink 16 {experts}"] = shrink(capability, experts, 16, 16, 256)
@@ -194,7 +187,7 @@ def all_kernels(capability):
         results["mxfp4 64"] = matmul(capability, True, True, 64, 64, 4, 3)
     next_start = dict(LET_NEXT_START=capability == 90)
     results["sum"] = compile_kernel(weighted_sum_kernel.weighted_sum_kernel, capability,
-                                    dict(TOP_K=4, BLOCK=4096) | next_start, 8)
+                                    dict(TOP_K=4, BLOCK=4096, EARLY=capability == 90), 8)
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
                                      dict(BLOCK=4096) | next_start, 8, rows="*i64")
     for experts in (32, 128):
@@ -254,6 +247,6 @@ def test_every_kernel_compiles_and_fits(capability, tmp_path):
         if name.startswith("bf16 attention"):  # one product after the other would need 12
             assert kernel["waits"] <= 3, (name, kernel)
     # three programs of the decode kernel on an SM, so that their loads overlap
-    for name in ("16 True", "lora 16 True", "lora 16 False", "fused 16 True", "fused 16 False"):
+    for name in ("16 True", "lora 16 True", "lora 16 False"):
         assert kernels[f"mxfp4 {name}"]["registers"] <= 128
         assert kernels[f"mxfp4 {name}"]["shared"] * 3 <= shared_limit

@@ -138,32 +138,6 @@ def tune_linear(
     run_tune_linear(Console(), size or SIZES, out)
 
 
-@app.command(cls=ListOptions)
-def tune_attention(
-    out: Annotated[Path, typer.Option(help="directory to write tune_attention.csv to")],
-    size: Annotated[
-        list[int] | None, typer.Option(help="tokens", show_default="1 4 16 ... 8192", min=1)
-    ] = None,
-) -> None:
-    """Time attention with every tile worth a try, for headrace.ops.attention_plan."""
-    from headrace.bench.tune_attention import SIZES, run_tune_attention
-
-    run_tune_attention(Console(), size or SIZES, out)
-
-
-@app.command(cls=ListOptions)
-def tune_launches(
-    out: Annotated[Path, typer.Option(help="directory to write tune_launches.csv to")],
-    size: Annotated[
-        list[int] | None, typer.Option(help="tokens", show_default="1 2 4 8 16", min=1)
-    ] = None,
-) -> None:
-    """Time the expert layer under the ways its launches may overlap, for headrace.ops.tiles."""
-    from headrace.bench.tune_launches import SIZES, run_tune_launches
-
-    run_tune_launches(Console(), size or SIZES, out)
-
-
 @app.command()
 def startup(
     model: Annotated[

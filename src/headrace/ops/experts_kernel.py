@@ -19,7 +19,6 @@ from headrace.ops import dispatch
 from headrace.ops.experts import Activation
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
-from headrace.ops.prefetch_kernel import prefetch
 from headrace.ops.routing import SortedSlots
 from headrace.ops.tiles import Tile
 
@@ -148,16 +147,7 @@ def _dense_product(
     return acc
 
 
-@triton.jit
-def _prefetch_tiles(words_ptr, scales_ptr, expert, first, end, step, tiles_n, tiles_k, tile_bytes):
-    """Bring the first tile_bytes of the expert's tiles first, first + step, ... into L2."""
-    for tile in range(first, tl.minimum(end, tiles_n), step):
-        start = (expert.to(tl.int64) * tiles_n + tile) * tiles_k
-        prefetch(words_ptr + start * 1024, tile_bytes)
-        prefetch(scales_ptr + start * 64, tile_bytes // 16)
-
-
-@triton.jit(do_not_specialize=["num_blocks", "weight_factor", "alpha", "limit", "next_tile_bytes"])
+@triton.jit(do_not_specialize=["num_blocks", "weight_factor", "alpha", "limit"])
 def grouped_matmul_kernel(
     x_ptr,  # [rows, in_features]
     weight_ptr,  # words of PreparedMXFP4, or [num_experts, out_features, in_features]
@@ -183,12 +173,6 @@ def grouped_matmul_kernel(
     scale_ptr,
     part_stride,
     max_rank,
-    # the matmul that follows, if next_words_ptr is not None
-    next_words_ptr,
-    next_scales_ptr,
-    next_tiles_n,
-    next_tiles_k,
-    next_tile_bytes,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
     SCATTER: tl.constexpr,  # out row = slot and times the slot's weight, else the sorted row
@@ -204,7 +188,6 @@ def grouped_matmul_kernel(
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
-    PREFETCH_BYTES: tl.constexpr,  # of each tile of the weight, for L2, before anything is loaded
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
 
@@ -221,13 +204,6 @@ def grouped_matmul_kernel(
         gdc_wait()
     expert = tl.load(blocks_ptr + block * 4)
     if expert >= 0:
-        if PREFETCH_BYTES > 0:
-            first = pid_n * (BLOCK_N // 64)
-            tiles_k = tl.cdiv(in_features, 128)
-            _prefetch_tiles(
-                weight_ptr, scales_ptr, expert, first, first + BLOCK_N // 64, 1,
-                tl.cdiv(out_features, 64), tiles_k, tl.minimum(PREFETCH_BYTES, tiles_k * 4096),
-            )  # fmt: skip
         row = tl.load(blocks_ptr + block * 4 + 1) + tl.arange(0, BLOCK_M)
         row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
         slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
@@ -235,6 +211,13 @@ def grouped_matmul_kernel(
         if LORA:
             adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
         tile_row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+        # before the product, where registers allow: at the end, the wait for memory would show
+        bias_ptrs = bias_ptr + expert * out_features + n
+        if BLOCK_M <= 64:
+            bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
+        if SCATTER:
+            slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
         k = tl.arange(0, BLOCK_K)[:, None]
         x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
         if MXFP4:
@@ -245,35 +228,27 @@ def grouped_matmul_kernel(
             )  # fmt: skip
             acc *= weight_factor
         else:
-            weight_row = _rows_of_tile(tile_row, out_features, ROW_ORDER)
             acc = _dense_product(
-                x_ptrs, row_mask, weight_ptr, expert, weight_row, out_features, in_features,
+                x_ptrs, row_mask, weight_ptr, expert, n, out_features, in_features,
                 BLOCK_M, BLOCK_K,
             )  # fmt: skip
         if EARLY:
             gdc_launch_dependents()
-        if next_words_ptr is not None:
-            _prefetch_tiles(
-                next_words_ptr, next_scales_ptr, expert, pid_n, next_tiles_n, programs_n,
-                next_tiles_n, next_tiles_k, next_tile_bytes,
-            )  # fmt: skip
         if LORA:
-            column = tile_row
-            if ROW_ORDER == 2:
-                column = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+            column = n if ROW_ORDER == 2 else tile_row
             acc = add_low_rank(
                 acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
                 b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
             )  # fmt: skip
-        bias_ptr += expert * out_features
+        if BLOCK_M > 64:
+            bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
         out_row = slot if SCATTER else row
         out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
         if ACTIVATION == 0:
-            n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
             n_mask = n < out_features
-            acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
             if SCATTER:
-                acc *= tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)[None, :]
+                acc *= slot_weight[None, :]
         else:
             pairs = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
             gate, up = tl.split(pairs)
@@ -281,21 +256,9 @@ def grouped_matmul_kernel(
             up = up.reshape(BLOCK_N // 2, BLOCK_M)
             n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             n_mask = n < out_features // 2
-            gate_row = 2 * n if ROW_ORDER == 1 else n
-            up_row = 2 * n + 1 if ROW_ORDER == 1 else n + out_features // 2
-            gate += tl.load(bias_ptr + gate_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-            up += tl.load(bias_ptr + up_row, mask=n_mask, other=0.0).to(tl.float32)[:, None]
             acc = _activate(gate, up, alpha, limit, ACTIVATION)
         rounded = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + n[:, None], rounded, n_mask[:, None] & row_mask)
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a matmul does for the next one over the same blocks."""
-
-    weight: KernelWeight  # of the next one
-    tile_bytes: int  # of each of its MXFP4 tiles of 64 rows, for L2 (sm_90); a multiple of 4096
 
 
 def grouped_matmul(
@@ -312,7 +275,6 @@ def grouped_matmul(
     alpha: float = 1.702,
     limit: float = 7.0,
     low_rank: LowRank | None = None,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
 
@@ -329,8 +291,7 @@ def grouped_matmul(
         values, scales, factor = weight.words, weight.scales, 2.0**weight.exponent
     else:
         values, scales, factor = weight.values, bias, 1.0  # scales unused
-    hopper = dispatch.is_hopper(x)
-    early = tile.early and hopper
+    early = dispatch.is_hopper(x)
     num_blocks = slots.blocks.shape[0]
     grid = (num_blocks * triton.cdiv(weight.out_features, tile.block_n),)
     grouped_matmul_kernel[grid](
@@ -350,7 +311,6 @@ def grouped_matmul(
         alpha,
         limit,
         *_low_rank_arguments(low_rank),
-        *_ahead_arguments(ahead, hopper),
         TOP_K=top_k,
         GATHER=gather,
         SCATTER=slot_weights is not None,
@@ -366,7 +326,6 @@ def grouped_matmul(
         NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts, tile.block_m),
         EARLY=early,
-        PREFETCH_BYTES=tile.prefetch_bytes if hopper and isinstance(weight, PreparedMXFP4) else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=early,
@@ -385,15 +344,6 @@ def _low_rank_arguments(low_rank: LowRank | None) -> Arguments:
         low_rank.slot_of_token, parts, low_rank.memory, site.b, site.rank, site.scale,
         parts.stride(0), parts.shape[3],
     )  # fmt: skip
-
-
-def _ahead_arguments(ahead: Ahead | None, hopper: bool) -> Arguments:
-    weight = None if ahead is None else ahead.weight
-    if ahead is None or not (hopper and ahead.tile_bytes and isinstance(weight, PreparedMXFP4)):
-        return (None,) * 5
-    tiles_n, tiles_k = weight.scales.shape[1:3]
-    tile_bytes = min(ahead.tile_bytes, tiles_k * 4096)  # nothing beyond the last tile
-    return (weight.words, weight.scales, tiles_n, tiles_k, tile_bytes)
 
 
 def _check(

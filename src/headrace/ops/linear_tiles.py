@@ -51,10 +51,12 @@ def choose(problem: LinearProblem) -> LinearTile:
     block_m = max(16, _power_of_2(problem.num_tokens))
     if rows > 64:
         return _for_streaming(problem, block_m)
-    if block_m <= 64:
+    if block_m <= 32:
+        # TMA takes as long for the zeros of a tile as for its rows: 16.1 us against 11.0 (output)
         tile = LinearTile(block_m, 64, rows, 128, num_warps=4, num_stages=8)
-    else:  # nearer to a square: a program reads block_m + rows rows of in_features
-        tile = LinearTile(64, 128, 2 * rows, 64, num_warps=8, num_stages=8)
+        return _fitted(replace(problem, has_tma=False), tile)
+    # every program reads all tokens: fewer and full tiles (15.5 us against 27.2, 128 tokens)
+    tile = LinearTile(block_m, 64, 64, 64, num_warps=4, num_stages=8)
     return _fitted(problem, tile, persistent=False)
 
 

@@ -10,7 +10,6 @@ from headrace.ops import dispatch, routing_kernel
 from headrace.ops.experts import ExpertWeight
 from headrace.ops.experts_kernel import (
     Activation,
-    Ahead,
     DenseWeight,
     KernelWeight,
     grouped_matmul,
@@ -61,7 +60,6 @@ def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | Non
         buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
         activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
         low_rank=_shrink(lora, weights, buffers, first=True),
-        ahead=Ahead(_in_gpu_layout(experts.down), buffers.tiles.ahead_bytes),
     )  # fmt: skip
 
 

@@ -25,8 +25,6 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 4
     group_m: int = 1
-    early: bool = False  # launched before the kernel before has ended, if that one allows it
-    prefetch_bytes: int = 0  # of each 64 rows of MXFP4 weights, for L2 at once; 4096s
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class MoETiles:
 
     gate_up: Tile
     down: Tile
-    ahead_bytes: int = 0  # of each tile of down's weights that gate_up brings into L2
 
 
 def choose(problem: Problem) -> MoETiles:
@@ -70,15 +67,15 @@ def _fitted(tile: Tile, problem: Problem) -> Tile:
 def _fastest(problem: Problem) -> MoETiles:
     """On an H100; the reasons: bench/results/h100/tune.csv, hidden and inter 2880.
 
-    Never fewer than 16 rows: with 8 the compiler takes another matrix instruction, and the bits
-    would depend on the batch.
+    Never fewer than 16 rows: with 8 the compiler takes another matrix instruction (mma.sync), which
+    gives the same bits but wants the weights elsewhere: 45 us a layer against 36 at one token.
     """
     rows = problem.num_slots / problem.num_experts
     if rows <= 8:
         # 128 x 16 leads from 128 slots on (342 against 382 us at 128 experts, 64 tokens); with
         # fewer there are too few programs: 18.1 against 21.0 us at one token
         wide = problem.num_slots >= 128
-        return MoETiles(Tile(16, 128 if wide else 64, num_stages=5), Tile(16, 64, num_stages=5))
+        return MoETiles(Tile(16, 128 if wide else 64), Tile(16, 64))
     if rows <= 16:
         # 64 wide: 186 against 192 us at 32 experts; 128 wide: 769 against 802 us at 128 experts
         tile = Tile(32, 64, num_stages=3)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops import dispatch
 from headrace.ops.norm import NextNorm
@@ -27,30 +27,32 @@ def weighted_sum_kernel(
     num_local,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,  # columns; with a norm, all
-    LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before has ended, and lets the next
 ):
     """out[t] = residual[t] + sum_k y[t, k], k rising, without the slots of experts not held here.
 
     normed[t] = out[t] / sqrt(mean(out[t] ** 2) + eps) * norm_weight.
     """
-    if LET_NEXT_START:
-        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
+    place = token * hidden + column
+    if norm_weight_ptr is not None:
+        weight = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
         local = tl.load(expert_ids_ptr + token * TOP_K + k) - first_expert
         held = mask & (local >= 0) & (local < num_local)
         y = tl.load(y_ptr + (token * TOP_K + k) * hidden + column, mask=held, other=0.0)
         total += y.to(tl.float32)
-    place = token * hidden + column
     if residual_ptr is not None:
         total += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
     out = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, out, mask=mask)
     if norm_weight_ptr is not None:
-        weight = tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
         normed = normalize(out.to(tl.float32), weight, hidden, eps)
         tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
@@ -70,10 +72,10 @@ def weighted_sum(
         weight, eps, normed = next_norm.weight, next_norm.eps, next_norm.out
     block = 1024 if weight is None else triton.next_power_of_2(hidden)
     if num_tokens:
+        early = dispatch.is_hopper(out)
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, block))](
             y, expert_ids, residual, out, weight, normed, hidden, eps, local.start, len(local),
             TOP_K=expert_ids.shape[1], BLOCK=block,
-            LET_NEXT_START=dispatch.is_hopper(out),
-            num_warps=4 if weight is None else 8,
+            EARLY=early, num_warps=4 if weight is None else 8, launch_pdl=early,
         )  # fmt: skip
     return out
