@@ -107,8 +107,8 @@ class Engine:
 
     def _dry_run(self, runner: Runner) -> None:
         """Launch every kernel of steps, of sampling and of checks, for whoever watches."""
+        self.sampler.dry_run()  # first: one of its kernels takes long to compile
         runner.dry_run()
-        self.sampler.dry_run()
         self.adapters.dry_run()
 
     def _make_cache(self) -> None:
