@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from rich.console import Console
@@ -16,11 +17,10 @@ from rich.progress import Progress
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.engine.client import EngineClient
 from headrace.engine.phases import process_age, settle
-from headrace.server.app import create_app
-from headrace.server.model_info import load_model_info
-from headrace.server.serving import Serving
 from headrace.server.start_table import start_table
-from headrace.server.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from headrace.server.serving import Serving
 
 LAST_REPLIES = 5  # seconds for connections to close after the drain
 POLL = 0.05  # seconds between looks at the requests that are left
@@ -45,7 +45,12 @@ async def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int
         )
         before = time.monotonic() - start
         starting = asyncio.create_task(engine.start())
-        try:  # the engine's process works meanwhile
+        try:
+            await asyncio.sleep(0)  # starts the engine's process, which works meanwhile
+            from headrace.server.app import create_app
+            from headrace.server.model_info import load_model_info
+            from headrace.server.tokenizer import load_tokenizer
+
             tokenizer = await asyncio.to_thread(load_tokenizer, engine_config.model)
             model = load_model_info(
                 engine_config.model, tokenizer, server_config, engine_config.lora_modules
