@@ -190,23 +190,28 @@ def all_kernels(capability):
                                     dict(TOP_K=4, BLOCK=4096, EARLY=capability == 90), 8)
     results["norm"] = compile_kernel(norm_kernel.rms_norm_kernel, capability,
                                      dict(BLOCK=4096) | next_start, 8, rows="*i64")
+    sizes = dict(HIDDEN=2880, PADDED_HIDDEN=4096, EARLY=capability == 90)
     for experts in (32, 128):
         # 1, 16, 128 tokens, and more
-        for split, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):
-            results[f"router {experts} {split} {chunks} {rows}"] = compile_kernel(
+        for few, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):
+            results[f"router {experts} {few} {chunks} {rows}"] = compile_kernel(
                 routing_kernel.router_kernel, capability,
-                dict(TOP_K=4, RENORMALIZE=True, HIDDEN=2880, PADDED_HIDDEN=4096,
-                     EXPERTS=experts, BLOCK_T=16, ROWS=rows,
-                     SLICE_K=256, BLOCK_K=64, SPLIT=split, ONE_CHUNK=split and chunks == 1,
-                     BLOCK_M=16, CHUNKS=8, SLOTS=512, residual_ptr=None,
-                     EARLY=capability == 90), 16)
+                dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, ROWS=rows,
+                     SLICE_K=256, SORT_ALL=few, ONE_CHUNK=few and chunks == 1, BLOCK_M=16,
+                     CHUNKS=8, SLOTS=512, residual_ptr=None)
+                | sizes | ({} if few else dict(norm_ptr=None)),
+                16 if few else 4 if experts == 32 else 8, 2)
         results[f"choose {experts}"] = compile_kernel(
             routing_kernel.choose_kernel, capability,
-            dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SPLIT=True,
+            dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SORT_ALL=True,
                  ONE_CHUNK=False, BLOCK_M=16, CHUNKS=8, SLOTS=512), 16, logits="*fp32")
         results[f"place {experts}"] = compile_kernel(
             sort_kernel.place_kernel, capability,
-            dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512), 8)
+            dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512,
+                 EARLY=capability == 90), 8)
+    results["router norm"] = compile_kernel(
+        routing_kernel.norm_kernel, capability,
+        dict(ROWS=4, residual_ptr=None) | sizes, 16)
     results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
                                      dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
     results |= attention_kernels(capability)

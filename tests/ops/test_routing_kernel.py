@@ -95,7 +95,7 @@ CPU = {"device": "cpu", "dtype": torch.float32}
         (16, 8, {"local": range(5, 11)}),
         (35, 3, {"renormalize": False}),  # more than one chunk of tokens
         (100, 2, {"local": range(5)}),
-        (145, 1, {}),  # one program for all slices
+        (145, 1, {}),  # more than one launch
         (130, 4, {"local": range(5), "add": False}),
     ],
 )
@@ -196,7 +196,7 @@ def note(kernel):
 CompiledKernel._init_handles = note
 norm, bias = torch.zeros(hidden).bfloat16(), torch.zeros(num_experts).bfloat16()
 weight = torch.zeros(num_experts, hidden).bfloat16()
-for num_tokens in (1, 4, 20, 129):
+for num_tokens in (1, 2, 4, 8, 20, 129):
     x = torch.zeros(num_tokens, hidden).bfloat16()
     buffers = routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, x.dtype, "cpu")
     for renormalize in (True, False):

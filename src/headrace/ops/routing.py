@@ -31,7 +31,7 @@ class RoutingBuffers:
     counters: Tensor  # from `routing_counters`
     normed: Tensor  # [num_tokens, hidden]
     summed: Tensor  # [num_tokens, hidden]: x + residual
-    partials: Tensor  # [slices, at most 128 tokens, padded experts] float32
+    partials: Tensor  # [slices, num_tokens, padded experts] float32
     logits: Tensor  # [num_tokens, num_experts] float32, for adapters of the router
     ranks: Tensor  # [num_tokens, top_k] int32
     histograms: Tensor  # [chunks, padded experts] int32
@@ -68,9 +68,7 @@ def routing_buffers(
         counters=counters,
         normed=take((num_tokens, hidden), dtype),
         summed=take((num_tokens, hidden), dtype),
-        partials=take(
-            (-(-hidden // SLICE_K), min(num_tokens, BLOCK_T * GROUP_CHUNKS), padded), torch.float32
-        ),
+        partials=take((-(-hidden // SLICE_K), num_tokens, padded), torch.float32),
         logits=take((num_tokens, num_experts), torch.float32),
         ranks=take((num_tokens, top_k), torch.int32),
         histograms=take((-(-num_tokens // BLOCK_T), padded), torch.int32),

@@ -2,8 +2,9 @@
 """Routing on the GPU: norm, router, top-k and the sort by expert, in one launch when M is small.
 
 A token's logits are partial sums over fixed slices of the hidden size, added in a fixed order, so
-they do not depend on the other tokens. Up to 128 tokens each slice has a program of its own, and
-the last one to finish adds them up; beyond, one program takes all slices of its tokens.
+they do not depend on the other tokens. Each slice of 16 tokens has a program of its own, and the
+last one to finish adds them up. Up to 128 tokens all is one launch; beyond, the norm has one before
+it (32 against 14 us at 512 tokens on an H100), and the end of the sort one after it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from headrace.ops.routing import (
 )
 from headrace.ops.sort_kernel import check_sort, check_tensor, place, place_slots, write_blocks
 
-NUM_WARPS = 16  # of both ways, for a row's sum of squares must have one order
+NORM_WARPS = 16  # wherever rows are normed: a row's sum of squares must have one order
+NORM_ROWS = 4  # rows of a program of norm_kernel
 WEIGHT_ONE = tl.constexpr(float(2**40))
 
 
@@ -218,6 +220,33 @@ def _choose(
                 )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def norm_kernel(
+    x_ptr,  # [num_tokens, HIDDEN]
+    residual_ptr,  # [num_tokens, HIDDEN] or None
+    norm_ptr,  # [HIDDEN]
+    summed_ptr,
+    normed_ptr,
+    num_tokens,
+    eps,
+    HIDDEN: tl.constexpr,
+    PADDED_HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
+):
+    """normed = rms_norm(x + residual), with the bits that router_kernel gives it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, PADDED_HIDDEN)
+    norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    x = _load_rows(x_ptr, residual_ptr, row, num_tokens, column, HIDDEN)
+    scale = _inverse_rms(x, eps, HIDDEN)
+    ADDED: tl.constexpr = residual_ptr is not None
+    _store_normed(x, norm, scale, summed_ptr, normed_ptr, row, num_tokens, column, HIDDEN, ADDED)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
 def router_kernel(
     x_ptr,  # [num_tokens, HIDDEN]
@@ -249,12 +278,11 @@ def router_kernel(
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,  # of BLOCK_T tokens, at most so many exist
     SLICE_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,  # a program a slice, and the last one does the rest
+    SORT_ALL: tl.constexpr,  # else place_kernel ends the sort
     ONE_CHUNK: tl.constexpr,  # BLOCK_T tokens or fewer in all
     BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,  # with SPLIT: all chunks of BLOCK_T tokens
-    SLOTS: tl.constexpr,  # with SPLIT: all slots, padded
+    CHUNKS: tl.constexpr,  # with SORT_ALL: all chunks of BLOCK_T tokens
+    SLOTS: tl.constexpr,  # with SORT_ALL: all slots, padded
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """normed = rms_norm(x + residual); logits = normed W^T + b; then top-k, and the sort's part."""
@@ -268,78 +296,41 @@ def router_kernel(
     any_column = tl.arange(0, PADDED_HIDDEN)
     expert = tl.arange(0, EXPERTS)
     in_tokens = (token < num_tokens)[:, None]
-    if SPLIT:
-        slice_k = tl.program_id(0)
-        column = slice_k * SLICE_K + tl.arange(0, SLICE_K)
-        if EARLY:
-            _prefetch_weight(weight_ptr, slice_k * SLICE_K, num_experts, HIDDEN, EXPERTS, SLICE_K)
-            gdc_wait()
-            gdc_launch_dependents()
-        # All loads before anything waits for one. ptxas would move the weight's first, and the
-        # rest behind its stores to shared memory; it moves nothing over a barrier.
-        if norm_ptr is not None:
-            whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
-            norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-        x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
-        tl.debug_barrier()
-        w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
-        if norm_ptr is None:
-            normed = x
-        else:
-            scale = _inverse_rms(whole, eps, HIDDEN)
-            if ROWS < BLOCK_T:  # row t gets that of t % ROWS: there are no rows from ROWS on
-                scale = tl.broadcast_to(scale[None, :], (BLOCK_T // ROWS, ROWS)).reshape(BLOCK_T)
-            normed = _store_normed(
-                x, norm, scale, summed_ptr, normed_ptr, token, num_tokens, column, HIDDEN, ADDED
-            )
-        acc = tl.dot(w, tl.trans(normed), input_precision="ieee")
-        place = token[:, None] * EXPERTS + expert[None, :]
-        slice_size = num_tokens * EXPERTS
-        tall = tl.arange(0, TALL)[:, None]
-        acc_ptrs = partials_ptr + slice_k * slice_size + token[None, :] * EXPERTS + tall
-        tl.store(acc_ptrs, acc, mask=(token < num_tokens)[None, :] & (tall < EXPERTS))
-        is_last = arrive(counters_ptr + 1 + chunk, SLICES)
-        logits = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
-        if is_last:
-            for s in tl.static_range(SLICES):
-                logits += tl.load(
-                    partials_ptr + s * slice_size + place,
-                    mask=in_tokens,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
+    slice_k = tl.program_id(0)
+    column = slice_k * SLICE_K + tl.arange(0, SLICE_K)
+    if EARLY:
+        _prefetch_weight(weight_ptr, slice_k * SLICE_K, num_experts, HIDDEN, EXPERTS, SLICE_K)
+        gdc_wait()
+        gdc_launch_dependents()
+    # All loads before anything waits for one. ptxas would move the weight's first, and the
+    # rest behind its stores to shared memory; it moves nothing over a barrier.
+    if norm_ptr is not None:
+        whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
+        norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
+    tl.debug_barrier()
+    w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
+    if norm_ptr is None:
+        normed = x
     else:
-        is_last = True
-        if EARLY:
-            gdc_wait()
-        if norm_ptr is not None:
-            whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
-            scale = _inverse_rms(whole, eps, HIDDEN)
-            for start in range(0, HIDDEN, SLICE_K):
-                column = start + tl.arange(0, SLICE_K)
-                x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
-                norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-                _store_normed(
-                    x, norm, scale, summed_ptr, normed_ptr, token, num_tokens, column, HIDDEN, ADDED
-                )
-            tl.debug_barrier()  # other threads of this program read what was written
-            x_ptr = normed_ptr
-        STEPS: tl.constexpr = SLICE_K // BLOCK_K
-        acc = tl.zeros([TALL, BLOCK_T], tl.float32)
-        logits = tl.zeros([TALL, BLOCK_T], tl.float32)
-        for step in range(SLICES * STEPS):
-            column = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            x = _load_rows(x_ptr, None, token, num_tokens, column, HIDDEN)
-            w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-            slice_ends = step % STEPS == STEPS - 1
-            logits = tl.where(slice_ends, logits + acc, logits)
-            acc = tl.where(slice_ends, 0.0, acc)
-        if TALL > EXPERTS:
-            parts = logits.reshape(TALL // EXPERTS, EXPERTS, BLOCK_T)
-            logits = tl.sum(parts, 0)  # all but the first are zero
-        logits = tl.trans(logits)
-    if is_last:
+        scale = _inverse_rms(whole, eps, HIDDEN)
+        if ROWS < BLOCK_T:  # row t gets that of t % ROWS: there are no rows from ROWS on
+            scale = tl.broadcast_to(scale[None, :], (BLOCK_T // ROWS, ROWS)).reshape(BLOCK_T)
+        normed = _store_normed(
+            x, norm, scale, summed_ptr, normed_ptr, token, num_tokens, column, HIDDEN, ADDED
+        )
+    acc = tl.dot(w, tl.trans(normed), input_precision="ieee")
+    slice_size = num_tokens * EXPERTS
+    tall = tl.arange(0, TALL)[:, None]
+    acc_ptrs = partials_ptr + slice_k * slice_size + token[None, :] * EXPERTS + tall
+    tl.store(acc_ptrs, acc, mask=(token < num_tokens)[None, :] & (tall < EXPERTS))
+    if arrive(counters_ptr + 1 + chunk, SLICES):
+        partial_ptrs = partials_ptr + token[:, None] * EXPERTS + expert[None, :]
+        logits = tl.zeros([BLOCK_T, EXPERTS], tl.float32)
+        for s in tl.static_range(SLICES):
+            logits += tl.load(
+                partial_ptrs + s * slice_size, mask=in_tokens, other=0.0, cache_modifier=".cg"
+            )
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
             logits += bias.to(tl.float32)[None, :]
@@ -350,8 +341,8 @@ def router_kernel(
             _choose(
                 logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr,
                 ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert,
-                num_local, TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SPLIT, ONE_CHUNK, BLOCK_M, CHUNKS,
-                SLOTS,
+                num_local, TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SORT_ALL, ONE_CHUNK, BLOCK_M,
+                CHUNKS, SLOTS,
             )  # fmt: skip
 
 
@@ -382,7 +373,7 @@ def choose_kernel(
     RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SORT_ALL: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -403,7 +394,7 @@ def choose_kernel(
     _choose(
         logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr, ranks_ptr,
         histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert, num_local,
-        TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SPLIT, ONE_CHUNK, BLOCK_M, CHUNKS, SLOTS,
+        TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SORT_ALL, ONE_CHUNK, BLOCK_M, CHUNKS, SLOTS,
     )  # fmt: skip
 
 
@@ -480,7 +471,7 @@ def choose(
             num_tokens, num_experts, len(buffers.sorted.blocks), local.start, len(local),
             TOP_K=top_k, RENORMALIZE=renormalize, EXPERTS=padded_experts(num_experts),
             BLOCK_T=BLOCK_T, BLOCK_M=block_m, **_sort_sizes(num_tokens, top_k),
-            num_warps=NUM_WARPS, num_stages=2,
+            num_warps=NORM_WARPS, num_stages=2,
         )  # fmt: skip
         _place_if_many(buffers, block_m, local)
 
@@ -525,29 +516,52 @@ def _launch_router(
     local: range = range(0),
 ) -> None:
     num_tokens, hidden = x.shape
-    sizes = _sort_sizes(num_tokens, top_k)
-    slices = triton.cdiv(hidden, SLICE_K) if sizes["SPLIT"] else 1
-    padded_hidden = triton.next_power_of_2(hidden)
-    rows = 1 if num_tokens == 1 else 4 if num_tokens <= 4 else BLOCK_T
-    if padded_hidden < NUM_WARPS * 32 * 8:  # threads, and values that each one loads at once
-        rows = BLOCK_T
-    early = dispatch.is_hopper(x)
-    router_kernel[(slices, triton.cdiv(num_tokens, BLOCK_T))](
+    few, early, experts = _is_few(num_tokens), dispatch.is_hopper(x), padded_experts(len(weight))
+    if norm_weight is not None and not few:
+        _launch_norm(x, residual, norm_weight, eps, buffers)
+        x, residual, norm_weight = buffers.normed, None, None
+    router_kernel[(triton.cdiv(hidden, SLICE_K), triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
         buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
         buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight),
         len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
-        PADDED_HIDDEN=padded_hidden, EXPERTS=padded_experts(len(weight)),
-        BLOCK_T=BLOCK_T, ROWS=rows, SLICE_K=SLICE_K, BLOCK_K=64, BLOCK_M=block_m, **sizes,
-        EARLY=early, num_warps=NUM_WARPS, num_stages=4, launch_pdl=early,
+        PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=experts, BLOCK_T=BLOCK_T,
+        ROWS=_rows_at_once(num_tokens, hidden), SLICE_K=SLICE_K, BLOCK_M=block_m,
+        **_sort_sizes(num_tokens, top_k), EARLY=early,
+        num_warps=NORM_WARPS if few else 4 if experts <= 64 else 8, num_stages=2, launch_pdl=early,
     )  # fmt: skip
+
+
+def _launch_norm(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, buffers: RoutingBuffers
+) -> None:
+    num_tokens, hidden = x.shape
+    rows, early = _rows_at_once(NORM_ROWS, hidden), dispatch.is_hopper(x)
+    norm_kernel[(triton.cdiv(num_tokens, rows),)](
+        x, residual, norm_weight, buffers.summed, buffers.normed, num_tokens, eps, HIDDEN=hidden,
+        PADDED_HIDDEN=triton.next_power_of_2(hidden), ROWS=rows, EARLY=early,
+        num_warps=NORM_WARPS, launch_pdl=early,
+    )  # fmt: skip
+
+
+def _rows_at_once(num_rows: int, hidden: int) -> int:
+    """Rows that a program norms: BLOCK_T unless fewer leave the layout as it is."""
+    threads, values = NORM_WARPS * 32, 8  # that each one loads at once
+    if triton.next_power_of_2(hidden) < threads * values:
+        return BLOCK_T
+    return min(triton.next_power_of_2(num_rows), BLOCK_T)
+
+
+def _is_few(num_tokens: int) -> bool:
+    """One launch does all."""
+    return num_tokens <= BLOCK_T * GROUP_CHUNKS
 
 
 def _sort_sizes(num_tokens: int, top_k: int) -> dict[str, int]:
     """How much of the sort the router's own programs do: all of it for one group of chunks."""
     return {
-        "SPLIT": num_tokens <= BLOCK_T * GROUP_CHUNKS,
+        "SORT_ALL": _is_few(num_tokens),
         "ONE_CHUNK": num_tokens <= BLOCK_T and top_k > 0,
         "CHUNKS": GROUP_CHUNKS,
         "SLOTS": triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * max(top_k, 1)),
@@ -555,7 +569,7 @@ def _sort_sizes(num_tokens: int, top_k: int) -> dict[str, int]:
 
 
 def _place_if_many(buffers: RoutingBuffers, block_m: int, local: range) -> None:
-    if len(buffers.expert_ids) > BLOCK_T * GROUP_CHUNKS:
+    if not _is_few(len(buffers.expert_ids)):
         place(buffers.expert_ids, local, buffers, block_m)
 
 

@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from headrace.ops import dispatch
 from headrace.ops.routing import (
     BLOCK_T,
     GROUP_CHUNKS,
@@ -125,8 +127,11 @@ def place_kernel(
     BLOCK_T: tl.constexpr,
     CHUNKS: tl.constexpr,
     SLOTS: tl.constexpr,
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """One group of chunks a program."""
+    if EARLY:
+        gdc_wait()
     place_slots(
         ids_ptr, ranks_ptr, histograms_ptr, slots_ptr, blocks_ptr, tl.program_id(0), num_tokens,
         num_blocks, first_expert, num_local, TOP_K, EXPERTS, BLOCK_M, BLOCK_T, CHUNKS, SLOTS, False,
@@ -194,11 +199,13 @@ def place(
 ) -> None:
     """Fill buffers.sorted from ranks and histograms."""
     num_tokens, top_k = expert_ids.shape
+    early = dispatch.is_hopper(expert_ids)
     place_kernel[(triton.cdiv(num_tokens, BLOCK_T * GROUP_CHUNKS),)](
         expert_ids, buffers.ranks, buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
         num_tokens, len(buffers.sorted.blocks), local.start, len(local), TOP_K=top_k,
         EXPERTS=buffers.histograms.shape[1], BLOCK_M=block_m, BLOCK_T=BLOCK_T, CHUNKS=GROUP_CHUNKS,
-        SLOTS=triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * top_k), num_warps=8,
+        SLOTS=triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * top_k), EARLY=early,
+        num_warps=8, launch_pdl=early,
     )  # fmt: skip
 
 
