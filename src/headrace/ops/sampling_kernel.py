@@ -54,7 +54,12 @@ def _value(order):
 @triton.jit
 def _ranked(x, token):
     """int64 that sorts by value, and among equals the lower token as larger."""
-    return (_order(x).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    return _ranked_order(_order(x), token)
+
+
+@triton.jit
+def _ranked_order(order, token):
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @triton.jit
@@ -111,7 +116,11 @@ def best_kernel(
     row = tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits_ptr + row * stride_row + token, mask=token < vocab, other=float("-inf"))
-    tl.store(best_ptr + row * num_chunks + chunk, tl.max(_ranked(x, token)))
+    # two reductions of 32 bits: 64 rows take 19.3 us, with one of 64 bits 21.3
+    order = _order(x)
+    best = tl.max(order)
+    token = tl.min(tl.where(order == best, token, LAST_TOKEN))
+    tl.store(best_ptr + row * num_chunks + chunk, _ranked_order(best, token))
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
