@@ -76,7 +76,10 @@ def test_every_kernel_of_a_step_compiles_and_fits(tmp_path: Path) -> None:
     assert len(kernels) > 20
     assert [k for k in kernels if k["shared"] > SHARED_MEMORY] == []
     spilling = {kernel["name"] for kernel in kernels if kernel["stack"] > 0}
-    assert spilling <= {"cos_sin_kernel"}  # its stack is for angles beyond 100,000
+    assert spilling <= {"cos_sin_kernel", "attention_kernel"}  # angles beyond 100,000 need a stack
+    # four words spilled, for four programs on an SM: faster than three with all in registers
+    stacks = [kernel["stack"] for kernel in kernels if kernel["name"] == "attention_kernel"]
+    assert max(stacks) <= 16
     named = name_ops([Busy(name, 1.0) for name in launched], OPS_OF_LAYER, 2, LAST_OP)
     ops = [kernel.name.split()[1] for kernel in named if " " in kernel.name]
     layer = ["qkv", "attention", "output", "router", "gate_up", "down"]

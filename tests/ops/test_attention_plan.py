@@ -146,8 +146,12 @@ def test_the_longest_are_split_first_where_not_all_can_be() -> None:
 
 def test_windows_are_never_split() -> None:
     items = plan([(131072, 1), (130, 1)], 128, GPT_OSS)
-    assert items[:, [ap.FIRST_BLOCK, ap.END_BLOCK]].tolist() == [[0, 2], [1023, 1024]]
+    assert items[:, [ap.FIRST_BLOCK, ap.END_BLOCK]].tolist() == [[0, 3], [2046, 2048]]
     assert set(items[:, ap.PARTS]) == {1}
+
+
+def test_large_chunks_get_more_programs() -> None:
+    assert [GPT_OSS.grid(n) for n in (1, 128, 2048, 8192)] == [1056, 1056, 1056, 4096]
 
 
 def test_empty_batch() -> None:

@@ -79,10 +79,6 @@ class Calls:
 
     def run(self, i: int) -> Tensor:
         """The public op."""
-        return self.run_with(self.plan, i)
-
-    def run_with(self, plan: AttentionPlan, i: int) -> Tensor:
-        """The same with another plan."""
         return paged_attention(
             self.inputs[i % len(self.inputs)],
             self.cache,
@@ -92,7 +88,7 @@ class Calls:
             self.sinks,
             self.problem.window,
             HEAD_DIM**-0.5,
-            plan,
+            self.plan,
             self.out,
         )
 
@@ -162,7 +158,8 @@ def random_calls(problem: Attention, device: torch.device) -> Calls:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     shape = plan_shape(num_tokens, problem.num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, num_sms)
     plan = empty_plan(shape, problem.window, device)
-    fill(plan, problem)
+    ones = np.ones(problem.num_seqs, np.int64)
+    plan.fill(problem.query_len * ones, problem.context * ones)
     starts = torch.arange(problem.num_seqs + 1, dtype=torch.int32, device=device)
     return Calls(
         problem,
@@ -175,12 +172,6 @@ def random_calls(problem: Attention, device: torch.device) -> Calls:
         plan,
         torch.empty(num_tokens, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device),
     )
-
-
-def fill(plan: AttentionPlan, problem: Attention) -> None:
-    """Plan this step."""
-    ones = np.ones(problem.num_seqs, np.int64)
-    plan.fill(problem.query_len * ones, problem.context * ones)
 
 
 def rope_case(num_tokens: int, device: torch.device) -> Case:

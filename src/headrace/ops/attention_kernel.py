@@ -336,7 +336,7 @@ def paged_attention(
     page, num_kv_heads, head_dim = kv_cache.shape[2:]
     group = shape.num_heads // num_kv_heads
     early = dispatch.is_hopper(q)
-    attention_kernel[(shape.num_programs,)](
+    attention_kernel[(shape.grid(len(q)),)](
         q, kv_cache, block_table, sinks, plan.words,
         plan.part_acc, plan.part_m, plan.part_total, out,
         shape.counters_start, *block_table.stride(), kv_cache.stride(0), scale * LOG2_E,

@@ -55,8 +55,8 @@ def rope_and_cache_kernel(
 ):
     """BLOCK_HEADS heads of one token."""
     if EARLY:
+        gdc_launch_dependents()  # attention finds its keys' pages meanwhile
         gdc_wait()
-        gdc_launch_dependents()
     HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
