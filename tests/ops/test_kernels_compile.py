@@ -110,7 +110,7 @@ def lora_kernels(capability):
 def linear(capability, num_tokens, out_features, in_features, has_tma, lm_head=False):
     shared_memory = (227 if capability == 90 else 163) * 1024
     tile = choose(LinearProblem(num_tokens, out_features, in_features, 132, shared_memory, has_tma))
-    constants = dict(EVEN_K=False, EARLY=has_tma, LET_NEXT_START=has_tma,
+    constants = dict(EVEN_K=False, EARLY=has_tma,
                      PERSISTENT=tile.programs > 0,
                      BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                      ROWS=tile.rows, BLOCK_K=tile.block_k, GROUP_M=tile.group_m)

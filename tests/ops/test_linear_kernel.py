@@ -187,7 +187,6 @@ def test_gpu_no_tile_changes_a_bit():
     if torch.cuda.get_device_capability() >= (9, 0):
         tiles += [replace(tile, tma=True) for tile in tiles]
         tiles += [replace(tile, programs=7) for tile in tiles[5:]]
-        tiles += [replace(tile, early=True) for tile in (tiles[0], tiles[5])]
     for tile in tiles:
         assert torch.equal(layer.run(tile=tile), whole), tile
 
@@ -197,7 +196,7 @@ def test_gpu_started_early_it_waits_for_what_it_reads():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no programmatic dependent launch")
     layer = Layer(16 * 40, *QKV)
-    tile = LinearTile(16, 64, 40, 128, num_warps=4, num_stages=8, tma=True, early=True)
+    tile = LinearTile(16, 64, 40, 128, num_warps=4, num_stages=8, tma=True)
     norm_weight = torch.ones(2880, device="cuda").bfloat16()
     normed = torch.zeros(16, 2880, device="cuda").bfloat16()
     out = torch.zeros(40, 16, 5120, device="cuda").bfloat16()

@@ -1,8 +1,4 @@
-"""Time the dense layers with every tile worth a try: what ops/linear_tiles.py chooses from.
-
-Beside them cuBLAS; and, at few tokens, the layer after normalisations, which leave the memory idle:
-as it is, launched early, and with its weights brought into L2 meanwhile.
-"""
+"""Time the dense layers with every tile worth a try, and cuBLAS: what ops/linear_tiles.py knows."""
 
 from __future__ import annotations
 
@@ -21,7 +17,6 @@ from torch import Tensor
 
 from headrace.bench.case import Case, need_gpu, time_us
 from headrace.bench.cases_linear import (
-    EPS,
     LAYERS,
     Calls,
     Layer,
@@ -33,11 +28,8 @@ from headrace.bench.kernels import Failures
 from headrace.bench.results import fastest, write_csv
 from headrace.ops import linear_kernel
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose, tma_fits
-from headrace.ops.norm import rms_norm
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
-NORMS_BEFORE = {"qkv": 1, "output": 4}  # four are about as idle as RoPE and a short attention
-MOST_AFTER_NORMS = 16  # tokens
 PROBLEM = ("layer", "m", "what")  # columns: a layer at one size, in one way
 
 
@@ -47,7 +39,7 @@ class LinearTuneRow:
 
     layer: str
     m: int  # tokens
-    what: str  # linear, cublas or norms+linear
+    what: str  # linear or cublas
     us: float
     tb_per_s: float
     tflop_per_s: float
@@ -60,7 +52,6 @@ class LinearTuneRow:
     group_m: int | None = None
     tma: bool | None = None
     programs: int | None = None
-    early: bool | None = None
 
 
 def run_tune_linear(console: Console, sizes: Sequence[int], out: Path) -> None:
@@ -107,15 +98,6 @@ def tune(
                 if row is not None:
                     yield row
             yield _timed(layer, calls, "cublas", _with_cublas(calls))
-            if layer.name in NORMS_BEFORE and problem.num_tokens <= MOST_AFTER_NORMS:
-                yield from _tune_after_norms(layer, calls, choose(problem))
-
-
-def _tune_after_norms(layer: Layer, calls: Calls, tile: LinearTile) -> Iterator[LinearTuneRow]:
-    num_norms = NORMS_BEFORE[layer.name]
-    for tried in (tile, replace(tile, early=True)):
-        run = _after_norms(calls, tried, num_norms)
-        yield _timed(layer, calls, "norms+linear", run, tried)
 
 
 def candidates(problem: LinearProblem) -> list[LinearTile]:
@@ -215,22 +197,6 @@ def _with_cublas(calls: Calls) -> Callable[[int], Tensor]:
     def run(i: int) -> Tensor:
         x, weight = calls.operands(i)
         return F.linear(x, weight, calls.bias)
-
-    return run
-
-
-def _after_norms(calls: Calls, tile: LinearTile, num_norms: int) -> Callable[[int], Tensor]:
-    normed = torch.empty_like(calls.inputs[0])
-    norm_weight = torch.ones_like(normed[0])
-
-    def run(i: int) -> Tensor:
-        x, weight = calls.operands(i)
-        rms_norm(x, norm_weight, EPS, normed)
-        for _ in range(num_norms - 1):
-            rms_norm(normed, norm_weight, EPS, normed)
-        return linear_kernel.linear(
-            normed, weight, calls.bias, calls.residual, calls.out, tile=tile
-        )
 
     return run
 

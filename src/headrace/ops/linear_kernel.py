@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from headrace.ops import dispatch
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
-from headrace.ops.prefetch_kernel import prefetch
 
 
 @triton.jit
@@ -111,8 +110,7 @@ def linear_kernel(
     out_features,
     in_features,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
-    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
-    LET_NEXT_START: tl.constexpr,  # sm_90: a kernel launched for it need not await the end
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before has ended, and lets the next
     PERSISTENT: tl.constexpr,  # a program computes tile after tile
     BLOCK_M: tl.constexpr,  # tokens
     BLOCK_N: tl.constexpr,  # height of the tile
@@ -125,11 +123,7 @@ def linear_kernel(
     blocks_n = tl.cdiv(out_features, ROWS)
     block_m, block_n = _block_of_tile(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
     if EARLY:
-        row = block_n * ROWS
-        rows = tl.minimum(ROWS, out_features - row)
-        prefetch(weight_ptr + row.to(tl.int64) * in_features, rows * in_features * 2)
         gdc_wait()
-    if LET_NEXT_START:
         gdc_launch_dependents()
     if PERSISTENT:
         # flattened: the first loads of a tile are under way while the one before it is stored
@@ -171,6 +165,7 @@ def linear(
     tile = tile or choose(_problem(x, weight))
     x_desc, weight_desc = _descriptors(x, weight, tile) if tile.tma else (None, None)
     tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(len(weight), tile.rows)
+    early = dispatch.is_hopper(x)
     linear_kernel[(min(tiles, tile.programs or tiles),)](
         x,
         weight,
@@ -182,8 +177,7 @@ def linear(
         len(x),
         *weight.shape,
         EVEN_K=weight.shape[1] % tile.block_k == 0,
-        EARLY=tile.early,
-        LET_NEXT_START=dispatch.is_hopper(x),
+        EARLY=early,
         PERSISTENT=tile.programs > 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -192,7 +186,7 @@ def linear(
         GROUP_M=tile.group_m,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        launch_pdl=tile.early,
+        launch_pdl=early,
     )
     return out
 

@@ -38,7 +38,6 @@ class LinearTile:
     group_m: int = 1  # blocks of tokens that share weights while they are in L2
     tma: bool = False  # sm_90; see `tma_fits`
     programs: int = 0  # with tma: so many compute tile after tile; 0: one a tile
-    early: bool = False  # sm_90: start, and ask for the weights, before the kernel before ends
 
 
 def choose(problem: LinearProblem) -> LinearTile:
