@@ -216,8 +216,8 @@ def grouped_matmul_kernel(
         bias_ptrs = bias_ptr + expert * out_features + n
         if BLOCK_M <= 64:
             bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
-        if SCATTER:
-            slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
+            if SCATTER:
+                slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
         k = tl.arange(0, BLOCK_K)[:, None]
         x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
         if MXFP4:
@@ -242,6 +242,8 @@ def grouped_matmul_kernel(
             )  # fmt: skip
         if BLOCK_M > 64:
             bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
+            if SCATTER:
+                slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
         acc += bias.to(tl.float32)[:, None]
         out_row = slot if SCATTER else row
         out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride

@@ -131,83 +131,87 @@ def shrink_kernel(
     SLICES: tl.constexpr,  # of K that a program sums
     WHOLE: tl.constexpr,  # these are all: times scale, and rounded
     SLICE_K: tl.constexpr,
+    SHARES: tl.constexpr,  # programs that share the adapters of a block of rows
     BLOCK_M: tl.constexpr,
-    TALL_M: tl.constexpr,  # rows of a product: BLOCK_M, at least the 64 of one instruction
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # height of a tile of A
+    ROWS: tl.constexpr,  # rows of A in it; the others are zeros, and nothing is read for them
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,  # bring B into L2, and A while the kernel before is at work
     EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    SORT_DONE: tl.constexpr,  # the rows were sorted before that kernel began
 ):
-    """parts[part, segment, row, r] = sum_k x[row, k] A[r, k] over the k of its slices."""
-    block = tl.program_id(0)
+    """parts[part, segment, row, r] = sum_k A[r, k] x[row, k] over the k of its slices."""
+    block = tl.program_id(0) // SHARES
+    share = tl.program_id(0) % SHARES
     segment = tl.program_id(1) // RANK_TILES
     rank_tile = tl.program_id(1) % RANK_TILES
     part = tl.program_id(2)
-    if EARLY and EXPERTS:  # every program waits, for the next kernel waits for this one only
+    if EARLY and not SORT_DONE:  # every program waits, for the next kernel waits for this one only
         gdc_wait()
+        gdc_launch_dependents()
     if EXPERTS:
         expert, first, end = _block_of_experts(work_ptr, block)
     else:
         expert, first, end = _block_of_adapters(work_ptr, block, num_slots, SLOTS, BLOCK_M)
-    place = tl.arange(0, TALL_M)
-    row = first + place
-    row_mask = (expert >= 0) & (row < end) & (place < BLOCK_M)
+    row = first + tl.arange(0, BLOCK_M)
+    row_mask = (expert >= 0) & (row < end)
     pair = tl.load(order_ptr + row, mask=row_mask, other=0)
     a_ptr += segment * num_slots
     b_ptr += segment * num_slots
     rank_ptr += segment * num_slots
+    scale_ptr += segment * num_slots
     adapter = _adapters_with_rank(slot_of_token_ptr, pair // TOP_K, row_mask, rank_ptr)
     current = tl.min(adapter, 0)
-    owner = adapter
-    r = rank_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    # the parts share the rows of a tile
-    first_r = rank_tile * BLOCK_R + part * (BLOCK_R // tl.num_programs(2))
-    end_r = first_r + BLOCK_R // tl.num_programs(2)
-    if EARLY and not EXPERTS:
-        if PREFETCH:  # noqa: SIM102 (one is known to the compiler, the other is not)
+    place = tl.arange(0, BLOCK_R)
+    r = rank_tile * ROWS + place
+    if EARLY and SORT_DONE:
+        if PREFETCH:  # noqa: SIM102
             if current < _NO_ADAPTER:
-                end_row = tl.minimum(end_r, tl.load(rank_ptr + current))
-                _prefetch_rows(memory_ptr, tl.load(a_ptr + current), first_r, end_row, in_features)
+                rank = tl.load(rank_ptr + current)
+                # the parts share the rows of a tile
+                first_r = rank_tile * ROWS + part * (ROWS // tl.num_programs(2))
+                end_r = tl.minimum(first_r + ROWS // tl.num_programs(2), rank)
+                begin = tl.load(a_ptr + current) + expert.to(tl.int64) * rank * in_features
+                _prefetch_rows(memory_ptr, begin, first_r, end_r, in_features)
         gdc_wait()
-    if current == _NO_ADAPTER:
-        return
+        gdc_launch_dependents()
     source = pair // TOP_K if GATHER else row
-    x_ptrs = x_ptr + source[:, None].to(tl.int64) * in_features
-    total = tl.zeros([TALL_M, BLOCK_R], tl.float32)
+    x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features
+    num_segments = tl.num_programs(1) // RANK_TILES
+    out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
+    out_ptrs = parts_ptr + out_row[None, :] * max_rank + r[:, None]
+    turn = 0
     while current < _NO_ADAPTER:
         rank = tl.load(rank_ptr + current)
-        if rank_tile * BLOCK_R < rank:
+        if (turn % SHARES == share) & (rank_tile * ROWS < rank):
             before = expert.to(tl.int64) * rank  # rows of the experts before
             if PREFETCH:
                 _, width = _width(segment, WIDTHS)
                 begin = tl.load(b_ptr + current) + before * width
-                _prefetch_rows(memory_ptr, begin, first_r, tl.minimum(end_r, rank), width)
+                first_r = rank_tile * ROWS + part * (ROWS // tl.num_programs(2))
+                end_r = tl.minimum(first_r + ROWS // tl.num_programs(2), rank)
+                _prefetch_rows(memory_ptr, begin, first_r, end_r, width)
             start = tl.multiple_of(tl.load(a_ptr + current), 128) + before * in_features
-            a_ptrs = memory_ptr + start + r[None, :] * in_features
-            mine = (adapter == current)[:, None]
-            in_rank = (r < rank)[None, :]
+            a_ptrs = memory_ptr + start + r[:, None] * in_features
+            mine = (adapter == current)[None, :]
+            in_rank = ((place < ROWS) & (r < rank))[:, None]
+            total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
             for slice_k in range(part * SLICES, (part + 1) * SLICES):
-                acc = tl.zeros([TALL_M, BLOCK_R], tl.float32)
+                acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
                 end_k = tl.minimum((slice_k + 1) * SLICE_K, in_features)
                 for step in range(slice_k * SLICE_K, end_k, BLOCK_K):
                     k = step + tl.arange(0, BLOCK_K)
                     in_k = k < end_k
-                    x = tl.load(x_ptrs + k[None, :], mask=mine & in_k[None, :], other=0.0)
-                    a = tl.load(a_ptrs + k[:, None], mask=in_rank & in_k[:, None], other=0.0)
-                    acc = tl.dot(x, a, acc, input_precision="ieee")
+                    a = tl.load(a_ptrs + k[None, :], mask=in_rank & in_k[None, :], other=0.0)
+                    x = tl.load(x_ptrs + k[:, None], mask=mine & in_k[:, None], other=0.0)
+                    acc = tl.dot(a, x, acc, input_precision="ieee")
                 total += acc
+            if WHOLE:
+                total *= tl.load(scale_ptr + current)
+            tl.store(out_ptrs, total.to(parts_ptr.dtype.element_ty), mask=mine & in_rank)
+        turn += 1
         adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
-    if EARLY:
-        gdc_launch_dependents()
-    num_segments = tl.num_programs(1) // RANK_TILES
-    out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
-    out_ptrs = parts_ptr + out_row[:, None] * max_rank + r[None, :]
-    if WHOLE:
-        scale_ptrs = scale_ptr + segment * num_slots + owner
-        total *= tl.load(scale_ptrs, mask=owner < _NO_ADAPTER, other=0.0)[:, None]
-    total = total.to(parts_ptr.dtype.element_ty)
-    tl.store(out_ptrs, total, mask=row_mask[:, None] & (r < max_rank)[None, :])
 
 
 @triton.jit
@@ -242,7 +246,7 @@ def add_low_rank(
         start = tl.multiple_of(tl.load(b_ptr + current), 128)
         b_ptrs = memory_ptr + start + expert.to(tl.int64) * rank * width + column[None, :]
         mine = (adapter == current)[None, :]
-        for first_r in tl.range(0, rank, BLOCK_R, num_stages=3 if NUM_PARTS == 1 else 1):
+        for first_r in tl.range(0, rank, BLOCK_R, num_stages=5 if NUM_PARTS == 1 else 1):
             r = first_r + tl.arange(0, BLOCK_R)[:, None]
             b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
             mask = mine & (r < rank)
@@ -408,6 +412,7 @@ class _Work:
     experts: bool = False
     top_k: int = 1  # rows of a token
     gather: bool = True  # x has a row per token, else one per sorted row
+    sort_done: bool = True  # before the kernel before began
 
 
 def _dense_work(rows: LoraRows, site: LoraSite) -> _Work:
@@ -421,7 +426,9 @@ def _expert_work(
     slots: SortedSlots, slot_of_token: Tensor, block_m: int, top_k: int, gather: bool
 ) -> _Work:
     blocks = slots.blocks
-    return _Work(slots.slots, blocks, slot_of_token, len(blocks), block_m, True, top_k, gather)
+    return _Work(
+        slots.slots, blocks, slot_of_token, len(blocks), block_m, True, top_k, gather, not gather
+    )  # fmt: skip
 
 
 def shrink_experts(
@@ -500,24 +507,20 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     num_parts, num_segments, num_rows, max_rank = parts.shape
     if work.num_blocks == 0 or max_rank == 0:
         return parts
-    num_slots = site.rank.shape[1]
-    block_r = _shrink_tile(work.num_blocks * num_segments * num_parts, max_rank)
-    rank_tiles = triton.cdiv(max_rank, block_r)
-    grid = (work.num_blocks, num_segments * rank_tiles, num_parts)
-    block_k = 128 if block_r == 16 and work.block_m <= 64 else 64
-    if block_k == 128 and math.prod(grid) <= 132 and work.num_blocks <= FEW_BLOCKS:
-        block_k = 256  # one program an SM: a slice of 768 in three steps, all under way at once
+    tile = _shrink_tile(work, num_segments * num_parts, max_rank)
+    rank_tiles = triton.cdiv(max_rank, tile.rows)
     early = dispatch.is_hopper(x)
-    shrink_kernel[grid](
-        x, memory, site.a, site.b, site.rank, site.scale, parts,
-        work.order, work.table, work.slot_of_token, num_rows, num_slots, site.in_features, max_rank,
+    shrink_kernel[(work.num_blocks * tile.shares, num_segments * rank_tiles, num_parts)](
+        x, memory, site.a, site.b, site.rank, site.scale, parts, work.order, work.table,
+        work.slot_of_token, num_rows, site.rank.shape[1], site.in_features, max_rank,
         WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
-        SLOTS=_padded_slots(work, num_slots), RANK_TILES=rank_tiles,
+        SLOTS=_padded_slots(work, site.rank.shape[1]), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts, WHOLE=num_parts == 1,
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
-        BLOCK_M=work.block_m, TALL_M=max(work.block_m, 64), BLOCK_R=block_r, BLOCK_K=block_k,
+        SHARES=tile.shares, BLOCK_M=work.block_m, BLOCK_R=64, ROWS=tile.rows, BLOCK_K=tile.block_k,
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
-        EARLY=early, num_warps=4 if work.block_m <= 64 else 8, num_stages=3, launch_pdl=early,
+        EARLY=early, SORT_DONE=work.sort_done,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
     )  # fmt: skip
     return parts
 
@@ -562,12 +565,26 @@ def _align(site: LoraSite) -> int:
     return math.gcd(16, site.in_features, *site.widths)
 
 
-def _shrink_tile(num_programs: int, max_rank: int) -> int:
-    """Rows of A that a program takes; few where programs are few, for the sums are the same."""
-    block_r = min(max(triton.next_power_of_2(max_rank), 16), 64)
-    while block_r > 16 and num_programs * triton.cdiv(max_rank, block_r) < 264:  # two an SM
-        block_r //= 2
-    return block_r
+@dataclass(frozen=True)
+class _ShrinkTile:
+    """Sizes of a program of `shrink_kernel`."""
+
+    rows: int  # of A, in a tile 64 high
+    block_k: int
+    num_stages: int
+    shares: int = 1  # programs that share the adapters of a block of rows
+    num_warps: int = 4
+
+
+def _shrink_tile(work: _Work, programs_per_block: int, max_rank: int) -> _ShrinkTile:
+    if work.block_m >= 64:
+        return _ShrinkTile(64, 64, 4) if work.experts else _ShrinkTile(64, 128, 3)
+    if not work.experts:
+        return _ShrinkTile(16, 256, 3) if work.block_m == 16 else _ShrinkTile(32, 128, 4)
+    num_programs = work.num_blocks * programs_per_block * triton.cdiv(max_rank, 64)
+    if num_programs < 132:
+        return _ShrinkTile(32, 128, 6)
+    return _ShrinkTile(64, 128, 4, shares=2)
 
 
 def rank_tile(parts: Tensor, block_m: int) -> int:
@@ -575,7 +592,7 @@ def rank_tile(parts: Tensor, block_m: int) -> int:
 
     Parts that are yet to be added pass through registers, u itself goes to shared memory.
     """
-    most = (2048 if len(parts) == 1 else 1024) // block_m
+    most = (4096 if len(parts) == 1 else 1024) // block_m
     return min(max(triton.next_power_of_2(parts.shape[3]), 16), max(most, 16), 64)
 
 

@@ -72,16 +72,13 @@ def _fastest(problem: Problem) -> MoETiles:
     """
     rows = problem.num_slots / problem.num_experts
     if rows <= 8:
-        # 128 x 16 leads from 128 slots on (342 against 382 us at 128 experts, 64 tokens); with
-        # fewer there are too few programs: 18.1 against 21.0 us at one token
-        wide = problem.num_slots >= 128
+        # 128 x 16 leads where many experts are hit (524 against 539 us at 128 experts, 64 tokens);
+        # with fewer there are too few programs: 17.0 against 20.7 us for gate_up at one token
+        wide = min(problem.num_slots, problem.num_experts) > 64
         return MoETiles(Tile(16, 128 if wide else 64), Tile(16, 64))
     if rows <= 16:
-        # 64 wide: 186 against 192 us at 32 experts; 128 wide: 769 against 802 us at 128 experts
-        tile = Tile(32, 64, num_stages=3)
-        if problem.num_slots >= 1024:
-            tile = Tile(32, 128, num_warps=8)
-        return MoETiles(tile, tile)
+        # 188 us a layer at 32 experts, 128 tokens; 197 if 64 wide
+        return MoETiles(Tile(32, 128, num_stages=3), Tile(32, 128, num_stages=3))
     if rows <= 64:
         # 8 warps lead where the activation follows (154 against 167 us), 4 where it does not
         return MoETiles(Tile(64, 128, num_warps=8, num_stages=3), Tile(64, 128, num_stages=3))
