@@ -23,5 +23,5 @@ def test_the_choice_is_among_the_candidates(m: int, num_experts: int) -> None:
 
 def test_fastest() -> None:
     timed = [(1, "down", 9.0, 3), (1, "down", 8.0, 5), (1, "gate_up", 7.0, 3)]
-    rows = [TuneRow(32, m, op, us, 16, 64, 128, 4, stages, 1) for m, op, us, stages in timed]
+    rows = [TuneRow(32, m, op, us, 16, 64, 128, 4, stages, 1, "") for m, op, us, stages in timed]
     assert fastest(rows, PROBLEM) == rows[1:]

@@ -50,9 +50,8 @@ STEP = {
     "linear_kernel": 1,  # LM head
 }
 # What adapters add, however many: x A^T is a launch of its own, and so is its product with B
-# beside q, k, v and the output; for the experts it is in their matmuls. The router is cut in two,
-# and its second half has all of its adapters.
-LORA_LAYER = {"shrink_kernel": 4, "expand_kernel": 2, "choose_kernel": 1}
+# beside q, k, v and the output; for the experts it is in their matmuls, for the router in its own.
+LORA_LAYER = {"shrink_kernel": 4, "expand_kernel": 2}
 LORA_STEP = {
     "embedding_shrink_kernel": 1,
     "shrink_kernel": 1,  # LM head

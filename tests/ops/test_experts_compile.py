@@ -53,7 +53,7 @@ def note(kernel):
         names = kernel.src.fn.arg_names
         constants = {names[i[0]]: value for i, value in kernel.src.constants.items()}
         kernels.append({
-            "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
+            "constants": {k: v for k, v in constants.items() if isinstance(v, int | tuple)},
             "warps": kernel.metadata.num_warps,
             "shared": kernel.metadata.shared,
             "registers": int(re.search(r"Used (\\d+) registers", told)[1]),
@@ -86,7 +86,7 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY, kernel
         assert kernel["products"] == ["wgmma"], kernel
-        if kernel["constants"]["BLOCK_M"] == 128 and kernel["warps"] == 4:
+        if kernel["constants"]["WIDTHS"][-1] == 128 and kernel["warps"] == 4:
             # two programs on an SM: one decodes while the other multiplies
             assert (kernel["shared"] + RESERVED) * 2 <= SM_MEMORY, kernel
         # nothing is read or written that the kernel before may still work on

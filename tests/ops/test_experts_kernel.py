@@ -161,6 +161,15 @@ def test_interpreted_wide_tiles(order):
 
 
 @interpreted
+@pytest.mark.parametrize("narrow", [(16,), (16, 32)])
+def test_interpreted_narrow_blocks(narrow):
+    """Experts with 1 to 50 rows: every width has some."""
+    tile = Tile(64, 64, narrow=narrow)
+    weights = Weights(4, 160, 96, "cpu")
+    check(weights, 60, MoETiles(tile, tile), "few", top_k=2, device="cpu", **TIGHT)
+
+
+@interpreted
 def test_interpreted_dense_weights_without_activation():
     weights = Weights(3, 96, 64, "cpu")
     dense = DenseWeight(mxfp4.dequantize(*weights.gate_up, torch.float32), RowOrder.INTERLEAVED)
@@ -253,6 +262,8 @@ def test_ragged_sizes(hidden, inter, order):
         Tile(64, 128, 128, 8, 3, 2),
         Tile(128, 128, 128, 8, 3, 4),
         Tile(256, 128, 128, 8, 3, 4),
+        Tile(64, 128, 128, 4, 3, 1, (16, 32)),
+        Tile(128, 128, 128, 4, 3, 4, (32, 64)),
     ],
     ids=str,
 )

@@ -63,11 +63,12 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, **types):
 LORA_TABLES = ["slot_of_token_ptr", "parts_ptr", "memory_ptr", "b_ptr", "rank_ptr", "scale_ptr",
                "part_stride", "max_rank"]
 
-def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False):
+def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False, narrow=()):
+    widths = (*narrow, block_m)
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
-        MXFP4=mxfp4, PTX=True, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
-        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=min(64, 4096 // block_m),
+        MXFP4=mxfp4, PTX=True, WIDTHS=(0, *widths), BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
+        LORA=lora, NUM_PARTS=4 if block_m == 16 else 1, BLOCK_R=64 if block_m == 16 else 32,
         EARLY=capability == 90)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
@@ -89,14 +90,15 @@ def lora_kernels(capability):
     results = {}
     for first in (True, False):
         results[f"mxfp4 lora 16 {first}"] = matmul(capability, True, first, 16, 64, 4, 4, True)
-        results[f"mxfp4 lora 64 {first}"] = matmul(capability, True, first, 64, 128, 8, 3, True)
+        results[f"mxfp4 lora 64 {first}"] = matmul(
+            capability, True, first, 64, 128, 8 if first else 4, 3, True, (32,) if first else ())
     for experts in (True, False):
         results[f"shrink 16 {experts}"] = shrink(capability, experts, 16, 16, 128, 6)
         results[f"shrink 64 {experts}"] = shrink(capability, experts, 64, 64, 64, 4)
     if capability == 90:
         for first in (True, False):
             results[f"mxfp4 lora 128 {first}"] = matmul(capability, True, first, 128, 128, 4, 3,
-                                                        True)
+                                                        True, (32,))
         results["shrink 128"] = shrink(capability, True, 128, 64, 64, 6, 8)
     for block_m in (16, 64):
         results[f"expand {block_m}"] = compile_kernel(
@@ -177,6 +179,11 @@ def attention_kernels(capability):
              EARLY=capability == 90), qkv="*bf16", slots="*i64", **types)
     return results
 
+# 1, 16, 128 tokens, and more
+ROUTERS = [(few, chunks, rows, lora) for lora in (False, True)
+           for few, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16))]
+ROUTER_TABLES = ["slot_of_token_ptr", "memory_ptr", "a_ptr", "b_ptr", "rank_ptr", "scale_ptr"]
+
 def all_kernels(capability):
     results = linear_kernels(capability)
     for first in (True, False):
@@ -193,19 +200,15 @@ def all_kernels(capability):
                                      dict(BLOCK=4096) | next_start, 8, rows="*i64")
     sizes = dict(HIDDEN=2880, PADDED_HIDDEN=4096, EARLY=capability == 90)
     for experts in (32, 128):
-        # 1, 16, 128 tokens, and more
-        for few, chunks, rows in ((True, 1, 1), (True, 1, 16), (True, 8, 16), (False, 8, 16)):
-            results[f"router {experts} {few} {chunks} {rows}"] = compile_kernel(
+        for few, chunks, rows, lora in ROUTERS:
+            results[f"router {experts} {few} {chunks} {rows} {lora}"] = compile_kernel(
                 routing_kernel.router_kernel, capability,
                 dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, ROWS=rows,
                      SLICE_K=256, SORT_ALL=few, ONE_CHUNK=few and chunks == 1, BLOCK_M=16,
                      CHUNKS=8, SLOTS=512, residual_ptr=None)
-                | sizes | ({} if few else dict(norm_ptr=None)),
+                | sizes | ({} if few else dict(norm_ptr=None))
+                | ({} if lora else dict.fromkeys(ROUTER_TABLES)),
                 16 if few else 4 if experts == 32 else 8, 2)
-        results[f"choose {experts}"] = compile_kernel(
-            routing_kernel.choose_kernel, capability,
-            dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, SORT_ALL=True,
-                 ONE_CHUNK=False, BLOCK_M=16, CHUNKS=8, SLOTS=512), 16, logits="*fp32")
         results[f"place {experts}"] = compile_kernel(
             sort_kernel.place_kernel, capability,
             dict(TOP_K=4, EXPERTS=experts, BLOCK_M=16, BLOCK_T=16, CHUNKS=8, SLOTS=512,

@@ -192,8 +192,9 @@ def check_router(num_tokens, hidden, num_experts, ranks, device, dtype, limit):
     ]
     base, buffers = both
     routing_kernel.route(x, None, norm, 1e-5, weight, None, base, 16)
-    logits = routing_kernel.route_logits(x, norm, 1e-5, weight, None, buffers).double()
-    routing_kernel.choose(buffers, 16, lora=lora)
+    routing_kernel.route(x, None, norm, 1e-5, weight, None, buffers, 16, lora=lora)
+    assert torch.equal(buffers.normed, base.normed)
+    logits = base.normed.double() @ weight.double().T
     none = slots < 0
     assert torch.equal(buffers.expert_ids[none], base.expert_ids[none])
     assert torch.equal(buffers.expert_weights[none], base.expert_weights[none])
@@ -207,9 +208,45 @@ def check_router(num_tokens, hidden, num_experts, ranks, device, dtype, limit):
     assert changed[slots == 0].any(1).all()
 
 
+def router_rows_keep_their_bits(num_experts, hidden, total, sizes, device, dtype):
+    """Whatever the number of rows, and so of launches, and whoever else is there."""
+    ranks = [64, 0, 20]
+    adapters = Adapters([ranks], hidden, [num_experts], 1, device, dtype)
+    site = adapters.site
+    slots = (torch.arange(total, device=device) % 4 - 1).int()
+    weight = (torch.randn(num_experts, hidden, device=device) * 0.05).to(dtype)
+    norm, x = weight[0] + 1, torch.randn(total, hidden, device=device).to(dtype)
+
+    def run(rows):
+        layer = LoraLayer(site, site, site, site, site)
+        lora = MoELora(layer, adapters.memory, rows_of(slots[rows], len(ranks)), LoraBuffers())
+        found = routing_kernel.allocate(len(rows), hidden, num_experts, 4, 16, dtype, device)
+        routing_kernel.route(x[rows], None, norm, 1e-5, weight, None, found, 16, lora=lora)
+        return found.expert_ids, found.expert_weights
+
+    whole = run(torch.arange(total, device=device))
+    for size in sizes:
+        rows = torch.randperm(total, device=device)[:size]
+        for part, of_all in zip(run(rows), whole, strict=True):
+            assert torch.equal(part, of_all[rows]), size
+
+
 @interpreted
-def test_interpreted_router():
-    check_router(19, 300, 12, [20, 0, 70], "cpu", torch.float32, 1e-4)
+def test_interpreted_router_rows_keep_their_bits():
+    router_rows_keep_their_bits(12, 300, 130, (1, 20), "cpu", torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("num_experts", [32, 128])
+def test_router_rows_keep_their_bits(num_experts):
+    sizes = (1, 2, 7, 16, 17, 100, 128, 129, 500)
+    router_rows_keep_their_bits(num_experts, 2880, 1000, sizes, "cuda", torch.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [19, 130])  # one launch, and more
+def test_interpreted_router(num_tokens):
+    check_router(num_tokens, 300, 12, [20, 0, 70], "cpu", torch.float32, 1e-4)
 
 
 class LayerAdapters:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.ops import routing_kernel
 from headrace.ops.routing import RoutingBuffers, routing_counters
-from headrace.ops.routing_kernel import choose, route, route_logits, router_gemm
+from headrace.ops.routing_kernel import route, router_gemm
 from tests.fake_gpu import run_script
 from tests.ops.test_sort_kernel import check_sorted
 
@@ -43,7 +43,7 @@ class Router:
             *x.shape, len(self.weight), top_k, block_m, x.dtype, x.device,
             num_local=len(local) if local else None,
         )  # fmt: skip
-        for name in ("normed", "summed", "partials", "logits", "expert_weights"):
+        for name in ("normed", "summed", "partials", "expert_weights"):
             getattr(buffers, name).fill_(float("nan"))
         written = (buffers.sorted.slots, buffers.sorted.blocks, buffers.ranks, buffers.histograms)
         for part in (*written, buffers.expert_ids):
@@ -125,32 +125,6 @@ def test_interpreted_router_gemm():
 
 
 @interpreted
-@pytest.mark.parametrize("num_tokens", [5, 40, 133])
-def test_interpreted_halves_are_the_whole(num_tokens):
-    halves_are_the_whole(Router(12, 300, **CPU), torch.randn(num_tokens, 300))
-
-
-def halves_are_the_whole(router: Router, x: Tensor) -> None:
-    _, whole = router.run(x, None, 4)
-    buffers = router.buffers(x, 4)
-    logits = route_logits(x, router.norm, 1e-5, router.weight, router.bias, buffers)
-    torch.testing.assert_close(logits.double(), router.logits(whole.normed), rtol=1e-4, atol=1e-4)
-    choose(buffers, 16)
-    assert torch.equal(buffers.normed, whole.normed)
-    assert torch.equal(buffers.expert_ids, whole.expert_ids)
-    assert torch.equal(buffers.expert_weights, whole.expert_weights)
-    assert torch.equal(buffers.sorted.slots, whole.sorted.slots)
-    assert not buffers.counters.any()
-    # and what is added between them decides
-    logits[3] += torch.arange(12, device=x.device).roll(5).repeat(11)[: logits.shape[1]] * 100
-    before = logits[3].clone()
-    choose(buffers, 16)
-    assert (
-        buffers.expert_ids[3].tolist() == before.argsort(descending=True, stable=True)[:4].tolist()
-    )
-
-
-@interpreted
 def test_interpreted_a_row_of_nan_does_no_harm():
     rows_of_nan_do_no_harm(Router(12, 300, **CPU), torch.randn(20, 300))
 
@@ -201,7 +175,6 @@ for num_tokens in (1, 2, 4, 8, 20, 129):
     buffers = routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, x.dtype, "cpu")
     for renormalize in (True, False):
         routing_kernel.route(x, None, norm, 1e-5, weight, bias, buffers, 16, renormalize)
-        routing_kernel.choose(buffers, 16, renormalize)
 print(json.dumps(layouts))
 """
 
@@ -322,14 +295,6 @@ def test_a_token_has_the_same_bits_in_every_batch(num_experts, hidden):
         assert torch.equal(part.normed, whole.normed[rows]), size
         assert torch.equal(part.expert_weights, whole.expert_weights[rows]), size
         assert torch.equal(part.expert_ids, whole.expert_ids[rows]), size
-
-
-@gpu
-@pytest.mark.parametrize("num_tokens", [5, 40, 133, 1000])
-@pytest.mark.parametrize("num_experts", [32, 128])
-def test_halves_are_the_whole(num_tokens, num_experts):
-    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
-    halves_are_the_whole(Router(num_experts, 2880), x)
 
 
 @gpu

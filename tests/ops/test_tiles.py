@@ -17,7 +17,9 @@ def test_every_choice_fits(num_experts: int, mxfp4: bool, shared_memory: int) ->
         for tile in (tiles.gate_up, tiles.down):
             assert shared_bytes(tile, mxfp4) <= shared_memory
             assert tile.num_stages >= 2
-            assert tile.block_m >= 16  # one matrix instruction for every number of tokens
+            widths = (*tile.narrow, tile.block_m)
+            assert list(widths) == sorted(set(widths))
+            assert min(widths) >= 16  # one matrix instruction for every number of tokens
             assert tile.block_n % 64 == 0
             assert tile.block_k % (128 if mxfp4 else 64) == 0
         assert tiles.gate_up.block_m == tiles.down.block_m  # one sort for both

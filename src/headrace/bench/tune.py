@@ -40,8 +40,7 @@ class TuneRow:
     num_warps: int
     num_stages: int
     group_m: int
-    early: bool = False
-    prefetch_bytes: int = 0
+    narrow: str  # widths
 
 
 def run_tune(console: Console, sizes: Sequence[int], out: Path) -> None:
@@ -69,8 +68,9 @@ def tune(sizes: Sequence[int], device: torch.device, failures: Failures) -> Iter
             for tile in candidates(m, num_experts):
                 work = partial(time_tile, layers, m, tile, expected)
                 times = failures.attempt(f"experts={num_experts} m={m} {tile}", work) or {}
+                sizes_of = vars(tile) | {"narrow": " ".join(map(str, tile.narrow))}
                 for op, us in times.items():
-                    yield TuneRow(num_experts, m, op, round(us, 1), **vars(tile))
+                    yield TuneRow(num_experts, m, op, round(us, 1), **sizes_of)
 
 
 def time_tile(
@@ -103,17 +103,24 @@ def candidates(num_tokens: int, num_experts: int) -> list[Tile]:
         tiles += [Tile(16, 128, 128, 8, 5), Tile(16, 128, 128, 4, 5), Tile(16, 128, 256, 8, 4)]
     if 4 <= rows <= 32:
         tiles += [Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 5), Tile(32, 128, 128, 8, 4)]
+        tiles += [Tile(32, 128, 128, 4, 3)]
     if 8 <= rows <= 64:
         tiles += [Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3)]
         tiles += [Tile(64, 64, 128, 4, 4, 2), Tile(64, 256, 128, 8, 3)]
+        tiles += [Tile(64, 128, 128, 4, 3, 1, narrow) for narrow in ((16,), (32,), (16, 32))]
     if rows >= 32:
         tiles += [Tile(128, 128, 128, 8, 3, 4), Tile(128, 128, 128, 8, 4, 8)]
         tiles += [Tile(128, 64, 128, 4, 3, 4), Tile(128, 128, 128, 4, 3, 4)]
+        narrows = ((32,), (64,), (32, 64))
+        tiles += [
+            Tile(128, 128, 128, 4, 3, group, narrow) for group in (1, 4) for narrow in narrows
+        ]
     if rows >= 64:  # the more rows of the weight, the less often x is read
         tiles += [Tile(128, 256, 128, 8, 3, 4), Tile(128, 256, 128, 8, 2, 4)]
         tiles += [Tile(128, 256, 128, 8, 3, 8), Tile(64, 256, 128, 8, 3, 4)]
     if rows >= 128:
         tiles += [Tile(256, 128, 128, 8, 3, 4), Tile(256, 128, 128, 8, 2, 4)]
+        tiles += [Tile(256, 128, 128, 8, 3, 4, (64, 128))]
         tiles += [Tile(128, 128, 128, 4, 3, 8), Tile(128, 128, 128, 4, 2, 4)]
     return tiles
 

@@ -147,6 +147,108 @@ def _dense_product(
     return acc
 
 
+@triton.jit
+def _block_of_rows(
+    x_ptr,
+    weight_ptr,
+    scales_ptr,
+    bias_ptr,
+    out_ptr,
+    slots_ptr,
+    slot_weights_ptr,
+    expert,
+    first_row,
+    end_row,
+    pid_n,
+    out_features,
+    in_features,
+    out_stride,
+    weight_factor,
+    alpha,
+    limit,
+    slot_of_token_ptr,
+    parts_ptr,
+    memory_ptr,
+    b_ptr,
+    rank_ptr,
+    scale_ptr,
+    part_stride,
+    max_rank,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROW_ORDER: tl.constexpr,
+    MXFP4: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LORA: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """What grouped_matmul_kernel does, for BLOCK_M sorted rows or fewer of one expert."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    row_mask = row < end_row
+    slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
+    source = slot // TOP_K if GATHER else row
+    if LORA:
+        adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
+    tile_row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
+    # before the product, where registers allow: at the end, the wait for memory would show
+    bias_ptrs = bias_ptr + expert * out_features + n
+    if BLOCK_M <= 64:
+        bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
+        if SCATTER:
+            slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
+    k = tl.arange(0, BLOCK_K)[:, None]
+    x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
+    if MXFP4:
+        tile_n = pid_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
+        acc = _mxfp4_product(
+            x_ptrs, row_mask, weight_ptr, scales_ptr, expert, tile_n, out_features,
+            in_features, PTX, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        acc *= weight_factor
+    else:
+        acc = _dense_product(
+            x_ptrs, row_mask, weight_ptr, expert, n, out_features, in_features,
+            BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+    if LORA:
+        column = n if ROW_ORDER == 2 else tile_row
+        acc = add_low_rank(
+            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
+            b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
+        )  # fmt: skip
+    if BLOCK_M > 64:
+        bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
+        if SCATTER:
+            slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
+    acc += bias.to(tl.float32)[:, None]
+    out_row = slot if SCATTER else row
+    out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
+    if ACTIVATION == 0:
+        n_mask = n < out_features
+        if SCATTER:
+            acc *= slot_weight[None, :]
+    else:
+        pairs = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
+        gate, up = tl.split(pairs)
+        gate = gate.reshape(BLOCK_N // 2, BLOCK_M)
+        up = up.reshape(BLOCK_N // 2, BLOCK_M)
+        n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        n_mask = n < out_features // 2
+        acc = _activate(gate, up, alpha, limit, ACTIVATION)
+    rounded = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs + n[:, None], rounded, n_mask[:, None] & row_mask)
+
+
 @triton.jit(do_not_specialize=["num_blocks", "weight_factor", "alpha", "limit"])
 def grouped_matmul_kernel(
     x_ptr,  # [rows, in_features]
@@ -180,7 +282,7 @@ def grouped_matmul_kernel(
     ROW_ORDER: tl.constexpr,
     MXFP4: tl.constexpr,
     PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # sorted rows (tokens)
+    WIDTHS: tl.constexpr,  # 0, then sorted rows (tokens) at once: a block has the first with room
     BLOCK_N: tl.constexpr,  # rows of the weight
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # blocks of rows that share a weight tile while it is in L2
@@ -203,64 +305,20 @@ def grouped_matmul_kernel(
     if EARLY:
         gdc_wait()
     expert = tl.load(blocks_ptr + block * 4)
+    first_row = tl.load(blocks_ptr + block * 4 + 1)
+    end_row = tl.load(blocks_ptr + block * 4 + 2)
     if expert >= 0:
-        row = tl.load(blocks_ptr + block * 4 + 1) + tl.arange(0, BLOCK_M)
-        row_mask = row < tl.load(blocks_ptr + block * 4 + 2)
-        slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
-        source = slot // TOP_K if GATHER else row
-        if LORA:
-            adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
-        tile_row = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        n = _rows_of_tile(tile_row, out_features, ROW_ORDER)
-        # before the product, where registers allow: at the end, the wait for memory would show
-        bias_ptrs = bias_ptr + expert * out_features + n
-        if BLOCK_M <= 64:
-            bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
-            if SCATTER:
-                slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
-        k = tl.arange(0, BLOCK_K)[:, None]
-        x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
-        if MXFP4:
-            tile_n = pid_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
-            acc = _mxfp4_product(
-                x_ptrs, row_mask, weight_ptr, scales_ptr, expert, tile_n, out_features,
-                in_features, PTX, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-            acc *= weight_factor
-        else:
-            acc = _dense_product(
-                x_ptrs, row_mask, weight_ptr, expert, n, out_features, in_features,
-                BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-        if EARLY:
-            gdc_launch_dependents()
-        if LORA:
-            column = n if ROW_ORDER == 2 else tile_row
-            acc = add_low_rank(
-                acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
-                b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
-            )  # fmt: skip
-        if BLOCK_M > 64:
-            bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
-            if SCATTER:
-                slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
-        acc += bias.to(tl.float32)[:, None]
-        out_row = slot if SCATTER else row
-        out_ptrs = out_ptr + out_row.to(tl.int64)[None, :] * out_stride
-        if ACTIVATION == 0:
-            n_mask = n < out_features
-            if SCATTER:
-                acc *= slot_weight[None, :]
-        else:
-            pairs = acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-            gate, up = tl.split(pairs)
-            gate = gate.reshape(BLOCK_N // 2, BLOCK_M)
-            up = up.reshape(BLOCK_N // 2, BLOCK_M)
-            n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            n_mask = n < out_features // 2
-            acc = _activate(gate, up, alpha, limit, ACTIVATION)
-        rounded = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptrs + n[:, None], rounded, n_mask[:, None] & row_mask)
+        rows = end_row - first_row
+        for i in tl.static_range(1, len(WIDTHS)):
+            if (rows > WIDTHS[i - 1]) & (rows <= WIDTHS[i]):
+                _block_of_rows(
+                    x_ptr, weight_ptr, scales_ptr, bias_ptr, out_ptr, slots_ptr, slot_weights_ptr,
+                    expert, first_row, end_row, pid_n, out_features, in_features, out_stride,
+                    weight_factor, alpha, limit, slot_of_token_ptr, parts_ptr, memory_ptr, b_ptr,
+                    rank_ptr, scale_ptr, part_stride, max_rank, TOP_K, GATHER, SCATTER, ACTIVATION,
+                    ROW_ORDER, MXFP4, PTX, WIDTHS[i], BLOCK_N, BLOCK_K, LORA, NUM_PARTS, BLOCK_R,
+                    EARLY,
+                )  # fmt: skip
 
 
 def grouped_matmul(
@@ -320,7 +378,7 @@ def grouped_matmul(
         ROW_ORDER=int(weight.row_order),
         MXFP4=isinstance(weight, PreparedMXFP4),
         PTX=x.is_cuda,
-        BLOCK_M=tile.block_m,
+        WIDTHS=(0, *tile.narrow, tile.block_m),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,

@@ -592,8 +592,8 @@ def rank_tile(parts: Tensor, block_m: int) -> int:
 
     Parts that are yet to be added pass through registers, u itself goes to shared memory.
     """
-    most = (4096 if len(parts) == 1 else 1024) // block_m
-    return min(max(triton.next_power_of_2(parts.shape[3]), 16), max(most, 16), 64)
+    most = max(2048 // block_m, 32) if len(parts) == 1 else max(1024 // block_m, 16)
+    return min(max(triton.next_power_of_2(parts.shape[3]), 16), most, 64)
 
 
 def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tensor) -> None:

@@ -43,13 +43,10 @@ def moe_layer_kernel(
 
 
 def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
-    routing, block_m = buffers.routing, buffers.tiles.gate_up.block_m
-    norm_and_router = (weights.norm, weights.eps, weights.router, weights.router_bias, routing)
-    if lora is None:
-        routing_kernel.route(h, None, *norm_and_router, block_m, weights.renormalize)
-    else:
-        routing_kernel.route_logits(h, *norm_and_router)
-        routing_kernel.choose(routing, block_m, weights.renormalize, lora=lora)
+    routing_kernel.route(
+        h, None, weights.norm, weights.eps, weights.router, weights.router_bias, buffers.routing,
+        buffers.tiles.gate_up.block_m, weights.renormalize, lora=lora,
+    )  # fmt: skip
 
 
 def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None = None) -> Tensor:

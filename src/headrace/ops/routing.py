@@ -28,11 +28,11 @@ class SortedSlots:
 class RoutingBuffers:
     """Everything that routing writes on the GPU."""
 
+    num_experts: int
     counters: Tensor  # from `routing_counters`
     normed: Tensor  # [num_tokens, hidden]
     summed: Tensor  # [num_tokens, hidden]: x + residual
     partials: Tensor  # [slices, num_tokens, padded experts] float32
-    logits: Tensor  # [num_tokens, num_experts] float32, for adapters of the router
     ranks: Tensor  # [num_tokens, top_k] int32
     histograms: Tensor  # [chunks, padded experts] int32
     expert_ids: Tensor  # [num_tokens, top_k] int32
@@ -65,11 +65,11 @@ def routing_buffers(
     padded = padded_experts(num_experts)
     blocks = max_blocks(num_slots, num_local or num_experts, block_m)
     return RoutingBuffers(
+        num_experts=num_experts,
         counters=counters,
         normed=take((num_tokens, hidden), dtype),
         summed=take((num_tokens, hidden), dtype),
         partials=take((-(-hidden // SLICE_K), num_tokens, padded), torch.float32),
-        logits=take((num_tokens, num_experts), torch.float32),
         ranks=take((num_tokens, top_k), torch.int32),
         histograms=take((-(-num_tokens // BLOCK_T), padded), torch.int32),
         expert_ids=take((num_tokens, top_k), torch.int32),

@@ -264,6 +264,12 @@ def router_kernel(
     histograms_ptr,
     slots_ptr,
     blocks_ptr,
+    slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token; None: no adapters
+    memory_ptr,
+    a_ptr,  # [1, adapters] int64, and so the next
+    b_ptr,
+    rank_ptr,  # [1, adapters] int32
+    scale_ptr,  # [1, adapters] float32
     num_tokens,
     num_experts,
     num_blocks,
@@ -285,7 +291,10 @@ def router_kernel(
     SLOTS: tl.constexpr,  # with SORT_ALL: all slots, padded
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
-    """normed = rms_norm(x + residual); logits = normed W^T + b; then top-k, and the sort's part."""
+    """normed = rms_norm(x + residual); logits = normed W^T + b; then top-k, and the sort's part.
+
+    Adapters add scale (normed A^T) B to the logits.
+    """
     SLICES: tl.constexpr = (HIDDEN + SLICE_K - 1) // SLICE_K
     ADDED: tl.constexpr = residual_ptr is not None
     # the experts are the tall side of the product: 64 rows, as Hopper's instruction wants them
@@ -334,6 +343,12 @@ def router_kernel(
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + expert, mask=expert < num_experts, other=0.0)
             logits += bias.to(tl.float32)[None, :]
+        if slot_of_token_ptr is not None:
+            adapter = adapters_of_rows(slot_of_token_ptr, token, token < num_tokens)
+            logits = add_low_rank_at_once(
+                logits, adapter, token, expert, normed_ptr, HIDDEN, num_experts, memory_ptr, a_ptr,
+                b_ptr, rank_ptr, scale_ptr, 64, 256,
+            )  # fmt: skip
         if TOP_K == 0:
             out_ptrs = weights_ptr + token[:, None] * num_experts + expert[None, :]
             tl.store(out_ptrs, logits, mask=in_tokens & (expert < num_experts)[None, :])
@@ -344,58 +359,6 @@ def router_kernel(
                 num_local, TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SORT_ALL, ONE_CHUNK, BLOCK_M,
                 CHUNKS, SLOTS,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
-def choose_kernel(
-    logits_ptr,  # [num_tokens, num_experts] float32
-    normed_ptr,  # [num_tokens, hidden]
-    slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token; None: no adapters
-    memory_ptr,
-    a_ptr,  # [1, adapters] int64
-    b_ptr,  # [1, adapters] int64
-    rank_ptr,  # [1, adapters] int32
-    scale_ptr,  # [1, adapters] float32
-    hidden,
-    ids_ptr,
-    weights_ptr,
-    counters_ptr,
-    ranks_ptr,
-    histograms_ptr,
-    slots_ptr,
-    blocks_ptr,
-    num_tokens,
-    num_experts,
-    num_blocks,
-    first_expert,
-    num_local,
-    TOP_K: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    SORT_ALL: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """What router_kernel does with its logits, for given ones and what adapters add to them."""
-    chunk = tl.program_id(0)
-    token = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = tl.arange(0, EXPERTS)
-    mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
-    logits = tl.load(logits_ptr + token[:, None] * num_experts + expert[None, :], mask=mask)
-    if slot_of_token_ptr is not None:
-        adapter = adapters_of_rows(slot_of_token_ptr, token, token < num_tokens)
-        logits = add_low_rank_at_once(
-            logits, adapter, token, expert, normed_ptr, hidden, num_experts, memory_ptr, a_ptr,
-            b_ptr, rank_ptr, scale_ptr, 64, 256,
-        )  # fmt: skip
-    _choose(
-        logits, chunk, num_tokens, num_experts, ids_ptr, weights_ptr, counters_ptr, ranks_ptr,
-        histograms_ptr, slots_ptr, blocks_ptr, num_blocks, first_expert, num_local,
-        TOP_K, RENORMALIZE, EXPERTS, BLOCK_T, SORT_ALL, ONE_CHUNK, BLOCK_M, CHUNKS, SLOTS,
-    )  # fmt: skip
 
 
 def route(
@@ -409,11 +372,13 @@ def route(
     block_m: int,  # of the grouped matmuls that follow
     renormalize: bool = True,
     local: range | None = None,
+    lora: MoELora | None = None,
 ) -> Tensor:
     """Fill `buffers`: normed, expert_ids, expert_weights and sorted. Returns x + residual.
 
     With renormalize the weights are a softmax over the chosen experts, else over all of them.
-    `local` are the experts held here: slots of others get no block.
+    `local` are the experts held here: slots of others get no block. Adapters of the router change
+    the logits; a row without one gets the bits that it has where nobody has one.
     """
     _check(x, residual, norm_weight, router_weight, router_bias, buffers)
     local = local or range(len(router_weight))
@@ -422,68 +387,11 @@ def route(
         return x
     _launch_router(
         x, residual, norm_weight, eps, router_weight, router_bias, buffers,
-        buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, block_m, local,
+        buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, block_m, local, lora,
     )  # fmt: skip
-    _place_if_many(buffers, block_m, local)
+    if not _is_few(len(x)):
+        place(buffers.expert_ids, local, buffers, block_m)
     return x if residual is None else buffers.summed
-
-
-def route_logits(
-    x: Tensor,  # [num_tokens, hidden]
-    norm_weight: Tensor,  # [hidden]
-    eps: float,
-    router_weight: Tensor,  # [num_experts, hidden]
-    router_bias: Tensor | None,  # [num_experts]
-    buffers: RoutingBuffers,
-) -> Tensor:
-    """The first half of `route`: fill normed and logits, and return these.
-
-    `choose` is the other half; a row without an adapter gets the bits that `route` would give it.
-    """
-    _check(x, None, norm_weight, router_weight, router_bias, buffers)
-    if len(x):
-        _launch_router(
-            x, None, norm_weight, eps, router_weight, router_bias, buffers, buffers.logits
-        )
-    return buffers.logits
-
-
-def choose(
-    buffers: RoutingBuffers,
-    block_m: int,
-    renormalize: bool = True,
-    local: range | None = None,
-    lora: MoELora | None = None,
-) -> None:
-    """The second half of `route`: fill expert_ids, expert_weights and sorted.
-
-    From logits, and what the adapters of the router add to them.
-    """
-    num_tokens, num_experts = buffers.logits.shape
-    local = local or range(num_experts)
-    check_sort(buffers, local, block_m)
-    if num_tokens:
-        top_k = buffers.expert_ids.shape[1]
-        choose_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
-            buffers.logits, buffers.normed, *_lora_arguments(lora),
-            buffers.expert_ids, buffers.expert_weights, buffers.counters, buffers.ranks,
-            buffers.histograms, buffers.sorted.slots, buffers.sorted.blocks,
-            num_tokens, num_experts, len(buffers.sorted.blocks), local.start, len(local),
-            TOP_K=top_k, RENORMALIZE=renormalize, EXPERTS=padded_experts(num_experts),
-            BLOCK_T=BLOCK_T, BLOCK_M=block_m, **_sort_sizes(num_tokens, top_k),
-            num_warps=NORM_WARPS, num_stages=2,
-        )  # fmt: skip
-        _place_if_many(buffers, block_m, local)
-
-
-def _lora_arguments(lora: MoELora | None) -> tuple[Tensor | int | None, ...]:
-    if lora is None:
-        return (None,) * 7
-    site = lora.layer.router
-    return (
-        lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale,
-        site.in_features,
-    )  # fmt: skip
 
 
 def router_gemm(
@@ -514,6 +422,7 @@ def _launch_router(
     renormalize: bool = True,
     block_m: int = 16,
     local: range = range(0),
+    lora: MoELora | None = None,
 ) -> None:
     num_tokens, hidden = x.shape
     few, early, experts = _is_few(num_tokens), dispatch.is_hopper(x), padded_experts(len(weight))
@@ -523,14 +432,22 @@ def _launch_router(
     router_kernel[(triton.cdiv(hidden, SLICE_K), triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
         buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
-        buffers.sorted.slots, buffers.sorted.blocks, num_tokens, len(weight),
-        len(buffers.sorted.blocks), local.start, len(local), eps,
+        buffers.sorted.slots, buffers.sorted.blocks, *_lora_arguments(lora), num_tokens,
+        len(weight), len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
         PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=experts, BLOCK_T=BLOCK_T,
         ROWS=_rows_at_once(num_tokens, hidden), SLICE_K=SLICE_K, BLOCK_M=block_m,
-        **_sort_sizes(num_tokens, top_k), EARLY=early,
+        SORT_ALL=few, ONE_CHUNK=num_tokens <= BLOCK_T and top_k > 0, CHUNKS=GROUP_CHUNKS,
+        SLOTS=triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * max(top_k, 1)), EARLY=early,
         num_warps=NORM_WARPS if few else 4 if experts <= 64 else 8, num_stages=2, launch_pdl=early,
     )  # fmt: skip
+
+
+def _lora_arguments(lora: MoELora | None) -> tuple[Tensor | None, ...]:
+    if lora is None:
+        return (None,) * 6
+    site = lora.layer.router
+    return lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale
 
 
 def _launch_norm(
@@ -558,21 +475,6 @@ def _is_few(num_tokens: int) -> bool:
     return num_tokens <= BLOCK_T * GROUP_CHUNKS
 
 
-def _sort_sizes(num_tokens: int, top_k: int) -> dict[str, int]:
-    """How much of the sort the router's own programs do: all of it for one group of chunks."""
-    return {
-        "SORT_ALL": _is_few(num_tokens),
-        "ONE_CHUNK": num_tokens <= BLOCK_T and top_k > 0,
-        "CHUNKS": GROUP_CHUNKS,
-        "SLOTS": triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * max(top_k, 1)),
-    }
-
-
-def _place_if_many(buffers: RoutingBuffers, block_m: int, local: range) -> None:
-    if not _is_few(len(buffers.expert_ids)):
-        place(buffers.expert_ids, local, buffers, block_m)
-
-
 def _check(
     x: Tensor,
     residual: Tensor | None,
@@ -598,7 +500,6 @@ def _check(
     if norm_weight is not None:
         check_tensor("norm weight", norm_weight, (hidden,), x.dtype)
         check_tensor("buffers.normed", buffers.normed, (num_tokens, hidden), x.dtype)
-        check_tensor("buffers.logits", buffers.logits, (num_tokens, num_experts), torch.float32)
     if buffers.expert_ids.shape[1] > num_experts:
         raise ValueError(
             f"buffers are for the {buffers.expert_ids.shape[1]} best experts; there are "

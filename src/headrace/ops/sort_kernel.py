@@ -178,7 +178,7 @@ def sort(
     check_tensor("expert_ids", expert_ids, buffers.expert_ids.shape, torch.int32)
     check_sort(buffers, local, block_m)
     if triton.knobs.runtime.debug:
-        check_ids(expert_ids, buffers.logits.shape[1])
+        check_ids(expert_ids, buffers.num_experts)
     num_tokens, top_k = expert_ids.shape
     if num_tokens:
         chunk_slots = BLOCK_T * top_k
@@ -211,7 +211,7 @@ def place(
 
 def check_sort(buffers: RoutingBuffers, local: range, block_m: int) -> None:
     """Raise ValueError where buffers are too small for the rows of the experts held here."""
-    num_experts, num_slots = buffers.logits.shape[1], buffers.expert_ids.numel()
+    num_experts, num_slots = buffers.num_experts, buffers.expert_ids.numel()
     if not 0 <= local.start < local.stop <= num_experts or local.step != 1:
         raise ValueError(f"local is {local}; pass a range within the {num_experts} experts")
     needed = max_blocks(num_slots, len(local), block_m)
