@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import socket
@@ -103,6 +104,26 @@ def test_a_taken_port_is_known_before_loading(model_dir: Path) -> None:
 def test_an_unknown_host() -> None:
     with pytest.raises(ConfigError, match="--host nowhere"):
         bind(ServerConfig(host="nowhere.invalid", port=0))
+
+
+def test_tokens_are_sent_at_once() -> None:
+    """Or the kernel keeps a small packet until the one before is acknowledged, 40 ms later."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind(ServerConfig(host="127.0.0.1", port=0))
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(accepted())
 
 
 def test_the_server_needs_no_torch() -> None:
