@@ -16,8 +16,8 @@ def takes_kernel(x: Tensor) -> bool:
 
 
 def is_hopper(x: Tensor) -> bool:
-    """Whether x's GPU has TMA, bulk prefetch and programmatic dependent launch: from sm_90 on."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether x's GPU has TMA and programmatic dependent launch: from sm_90 on."""
+    return x.is_cuda and gpu_limits(x.device.index).is_hopper
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class GpuLimits:
 
     num_sms: int
     shared_memory: int  # bytes that one program can have
+    is_hopper: bool
 
 
 @cache
 def gpu_limits(index: int | None) -> GpuLimits:
     """Of one GPU; asking the driver takes 1 ms, longer than a launch, so it is asked once."""
     found = triton.runtime.driver.active.utils.get_device_properties(index)
-    return GpuLimits(found["multiprocessor_count"], found["max_shared_mem"])
+    is_hopper = torch.cuda.get_device_capability(index) >= (9, 0)
+    return GpuLimits(found["multiprocessor_count"], found["max_shared_mem"], is_hopper)
