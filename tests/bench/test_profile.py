@@ -34,7 +34,8 @@ def test_operators_of_a_decode_step_and_a_prefill_on_the_cpu(
         matmuls = [row for row in mine if row["kernel"] in ("aten::mm", "aten::addmm")]
         assert sum(float(row["count"]) for row in matmuls) >= 6 * 2 + 1  # 6 layers, the LM head
         assert mine[-1]["kernel"] == "all operators"
-        assert sum(float(row["us"]) for row in mine[:-1]) == pytest.approx(float(mine[-1]["us"]))
+        whole = pytest.approx(float(mine[-1]["us"]), rel=1e-4)  # 5 digits in the file
+        assert sum(float(row["us"]) for row in mine[:-1]) == whole
 
 
 def test_all_requests_decode_while_they_are_profiled() -> None:

@@ -25,13 +25,13 @@ def fastest(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
 
 
 def write_csv(path: Path, rows: Sequence[Any], keys: Sequence[str] = ()) -> None:
-    """Write dataclass instances: a column a field, None as nothing; makes the folder.
+    """Write dataclass instances, a column a field; None is nothing, floats have 5 digits.
 
     With keys, rows that the file has already stay, but for those whose keys a new row has too.
     Raises ConfigError for a file with other columns.
     """
     columns = [f.name for f in fields(rows[0])]
-    new = [asdict(row) for row in rows]
+    new = [{name: _short(value) for name, value in asdict(row).items()} for row in rows]
     found = {_key(row, keys) for row in new}
     old = [row for row in _read(path, columns) if _key(row, keys) not in found] if keys else []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +39,10 @@ def write_csv(path: Path, rows: Sequence[Any], keys: Sequence[str] = ()) -> None
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(old + new)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:
