@@ -44,7 +44,7 @@ def moe_layer_kernel(
 
 def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
     routing_kernel.route(
-        h, None, weights.norm, weights.eps, weights.router, weights.router_bias, buffers.routing,
+        h, weights.norm, weights.eps, weights.router, weights.router_bias, buffers.routing,
         buffers.tiles.gate_up.block_m, weights.renormalize, lora=lora,
     )  # fmt: skip
 
