@@ -289,7 +289,7 @@ def grouped_matmul_kernel(
     LORA: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
 

@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
 """Low-rank adapters on the GPU: x A^T in one launch, its product with B in the next.
 
-The first is `shrink`, for dense layers and for experts. The second is, for experts, the last step
-of the base matmul (`grouped_matmul` with a `LowRank`, by `add_low_rank` here), and for dense
-layers `expand`. A program finds the adapters of its rows itself and takes each at its own rank,
-so that the grid, and with it a captured CUDA graph, does not depend on who is in the batch.
+The first is `shrink_kernel`, for dense layers and for experts. The second is, for experts, the last
+step of the base matmul (`grouped_matmul` with a `LowRank`, by `add_low_rank` here), and for dense
+layers `expand_kernel`. The router's kernel does both itself (`add_low_rank_at_once`). A program
+finds the adapters of its rows itself and takes each at its own rank, so that the grid, and with it
+a captured CUDA graph, does not depend on who is in the batch.
 
 One instruction kind and one order over K and over the rank, whatever the batch: rows of other
 adapters count as zeros in a product, which leaves a sum as it is.
@@ -89,11 +90,14 @@ def _adapters_with_rank(slot_of_token_ptr, token, mask, rank_ptr):
 
 
 @triton.jit
-def _prefetch_rows(memory_ptr, begin, first, end, columns):
-    """Bring rows first ... end - 1 of the factor at `begin` into L2."""
+def _prefetch_rows(factor_ptr, first, rank, columns, ROWS: tl.constexpr):
+    """Bring this part's share of a factor's ROWS rows from `first` on into L2, those below rank."""
+    share = ROWS // tl.num_programs(2)
+    first += tl.program_id(2) * share
+    end = tl.minimum(first + share, rank)
     if first < end:
-        num_bytes = (end - first) * columns * (memory_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch(memory_ptr + begin + first * columns, num_bytes)
+        num_bytes = (end - first) * columns * (factor_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(factor_ptr + first * columns, num_bytes)
 
 
 @triton.jit
@@ -137,7 +141,7 @@ def shrink_kernel(
     ROWS: tl.constexpr,  # rows of A in it; the others are zeros, and nothing is read for them
     BLOCK_K: tl.constexpr,
     PREFETCH: tl.constexpr,  # bring B into L2, and A while the kernel before is at work
-    EARLY: tl.constexpr,  # launched before the kernel before it has ended
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
     SORT_DONE: tl.constexpr,  # the rows were sorted before that kernel began
 ):
     """parts[part, segment, row, r] = sum_k A[r, k] x[row, k] over the k of its slices."""
@@ -168,11 +172,8 @@ def shrink_kernel(
         if PREFETCH:  # noqa: SIM102
             if current < _NO_ADAPTER:
                 rank = tl.load(rank_ptr + current)
-                # the parts share the rows of a tile
-                first_r = rank_tile * ROWS + part * (ROWS // tl.num_programs(2))
-                end_r = tl.minimum(first_r + ROWS // tl.num_programs(2), rank)
                 begin = tl.load(a_ptr + current) + expert.to(tl.int64) * rank * in_features
-                _prefetch_rows(memory_ptr, begin, first_r, end_r, in_features)
+                _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, in_features, ROWS)
         gdc_wait()
         gdc_launch_dependents()
     source = pair // TOP_K if GATHER else row
@@ -188,9 +189,7 @@ def shrink_kernel(
             if PREFETCH:
                 _, width = _width(segment, WIDTHS)
                 begin = tl.load(b_ptr + current) + before * width
-                first_r = rank_tile * ROWS + part * (ROWS // tl.num_programs(2))
-                end_r = tl.minimum(first_r + ROWS // tl.num_programs(2), rank)
-                _prefetch_rows(memory_ptr, begin, first_r, end_r, width)
+                _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, width, ROWS)
             start = tl.multiple_of(tl.load(a_ptr + current), 128) + before * in_features
             a_ptrs = memory_ptr + start + r[:, None] * in_features
             mine = (adapter == current)[None, :]
@@ -331,7 +330,7 @@ def expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, some columns of a segment."""
     if EARLY:
@@ -370,7 +369,7 @@ def expand_kernel(
         tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def embedding_shrink_kernel(
     token_ids_ptr,  # [num_rows] int64; -1 - i: sampled[i]
     sampled_ptr,  # [max_num_seqs] int64
@@ -380,7 +379,6 @@ def embedding_shrink_kernel(
     scale_ptr,  # [1, num_slots] float32
     parts_ptr,  # [1, 1, num_rows, max_rank]
     slot_of_row_ptr,
-    num_rows,
     vocab_size,
     max_rank,
     BLOCK_R: tl.constexpr,
@@ -474,7 +472,7 @@ def add_lora_embedding_kernel(
     if len(token_ids):
         embedding_shrink_kernel[(len(token_ids),)](
             token_ids, token_ids if sampled is None else sampled, memory, site.a, site.rank,
-            site.scale, parts, rows.slot_of_row, len(token_ids), site.in_features, parts.shape[3],
+            site.scale, parts, rows.slot_of_row, site.in_features, parts.shape[3],
             BLOCK_R=64, num_warps=2,
         )  # fmt: skip
     return _expand(y, site, memory, _dense_work(rows, site), parts)
@@ -520,7 +518,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         SHARES=tile.shares, BLOCK_M=work.block_m, BLOCK_R=64, ROWS=tile.rows, BLOCK_K=tile.block_k,
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
         EARLY=early, SORT_DONE=work.sort_done,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=early,
+        num_warps=4, num_stages=tile.num_stages, launch_pdl=early,
     )  # fmt: skip
     return parts
 
@@ -544,7 +542,7 @@ def _expand(y: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
             WIDTHS=site.widths, ALIGN=_align(site), EXPERTS=work.experts,
             SLOTS=_padded_slots(work, num_slots), NUM_PARTS=len(parts),
             BLOCK_M=block_m, BLOCK_N=DENSE_BLOCK_N, BLOCK_R=rank_tile(parts, block_m),
-            EARLY=early, num_warps=4 if block_m <= 64 else 8, launch_pdl=early,
+            EARLY=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return y
 
@@ -573,14 +571,13 @@ class _ShrinkTile:
     block_k: int
     num_stages: int
     shares: int = 1  # programs that share the adapters of a block of rows
-    num_warps: int = 4
 
 
 def _shrink_tile(work: _Work, programs_per_block: int, max_rank: int) -> _ShrinkTile:
     if work.block_m >= 64:
         return _ShrinkTile(64, 64, 4) if work.experts else _ShrinkTile(64, 128, 3)
     if not work.experts:
-        return _ShrinkTile(16, 256, 3) if work.block_m == 16 else _ShrinkTile(32, 128, 4)
+        return _ShrinkTile(16, 256, 3)
     num_programs = work.num_blocks * programs_per_block * triton.cdiv(max_rank, 64)
     if num_programs < 132:
         return _ShrinkTile(32, 128, 6)
