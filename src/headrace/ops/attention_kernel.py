@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.ops import attention_plan, dispatch
 from headrace.ops.arrival_kernel import arrive
 from headrace.ops.attention_plan import FIELDS, HEADER, AttentionPlan
+from headrace.ops.prefetch_kernel import prefetch_lines
 
 LOG2_E = 1.4426950408889634
 
@@ -168,10 +169,7 @@ def _prefetch_keys(
     pages = tl.maximum(pages, 0)  # -1 before a window
     k_ptrs = k_ptr + _place_of_keys(pages, block, PAGE, KEYS, TOKEN)
     for i in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [k_ptrs + i * value_offset],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        prefetch_lines(k_ptrs + i * value_offset)
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Memory brought into L2 before its use, while others leave the bus idle.
+"""Memory into L2 before its use, while others leave the bus idle; nobody waits for it.
 
-The bulk prefetch of sm_90: one instruction asks for kilobytes, and nobody waits for them. For
-adapters; linear layers lost more by it than they gained.
+By lines, or in bulk (sm_90), where one instruction asks for kilobytes.
 """
 
 from __future__ import annotations
@@ -29,6 +28,19 @@ cvt.u64.u32 address, first;
 add.u64 address, address, $1;
 @mine cp.async.bulk.prefetch.L2.global [address], size;
 }""")
+
+
+@triton.jit
+def prefetch_lines(ptrs):
+    """Ask for the 128 bytes around each pointer."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [ptrs],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
