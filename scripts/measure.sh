@@ -10,7 +10,7 @@ set -uo pipefail
 out=$(realpath -m "$1")
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency adapters profile startup serve)
+[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency adapters adapter-load profile startup serve)
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=${COLUMNS:-160}
@@ -56,6 +56,9 @@ adapters() {
     latency --adapters "${mix%x*}" --rank "${mix#*x}" || ok=1
   done
   return $ok
+}
+adapter-load() {
+  checkpoint && headrace bench adapter-load "$MODEL" "${engine[@]}" --csv "$out/adapter_load.csv"
 }
 profile() {
   checkpoint && headrace profile "$MODEL" "${batches[@]}" "${engine[@]}" --csv "$out/profile.csv"

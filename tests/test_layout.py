@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "headrace"
 
 # A package may import the packages to its left, and the leaves; nothing imports upward.
-LAYERS = ["ops", "parallel", "models", "lora", "engine", "server"]
+LAYERS = ["ops", "models", "lora", "engine", "server"]
 LEAVES = {"config", "files", "__init__"}
 TOP = {"__main__", "cli", "flags", "doctor", "generate", "bench", "eval", "data"}
 # Large kernels are one idea even when long.

@@ -43,6 +43,8 @@ LAYER = {
     "grouped_matmul_kernel": 2,
     "weighted_sum_kernel": 1,  # and the norm of the next layer
 }
+MANY = 129  # tokens: from here on the router's norm and the end of its sort are on their own
+MANY_LAYER = LAYER | {"norm_kernel": 1, "place_kernel": 1}
 STEP = {
     "embed_kernel": 1,
     "cos_sin_kernel": 1,
@@ -159,7 +161,7 @@ def make_model(config: GptOssConfig) -> GptOss:
 def decode_batch(model: GptOss, num_seqs: int, block_size: int = 16) -> Batch:
     layout = model.kv_layout
     heads = layout.num_heads, layout.num_kv_heads, layout.head_dim
-    shape = plan_shape(2048, max(BATCHES), *heads)
+    shape = plan_shape(2048, MANY, *heads)
     page = 2, 64, block_size, layout.num_kv_heads, layout.head_dim
     longs = [ints(num_seqs, dtype=torch.int64) for _ in range(6)]
     return Batch(
@@ -188,7 +190,7 @@ def adapters_of(model: GptOss, num_seqs: int) -> LoraBatch:
 def run_step(counts: Counts, num_layers: int, num_seqs: int, lora: bool = False) -> Counter[str]:
     """The launches of one decode step, after a look at its allocations."""
     model = make_model(config_of(num_layers))
-    model.reserve(2048, max(BATCHES), RANK if lora else 0)
+    model.reserve(2048, MANY, RANK if lora else 0)
     batch = decode_batch(model, num_seqs)
     if lora:
         batch = replace(batch, lora=adapters_of(model, num_seqs))
@@ -208,10 +210,14 @@ def test_a_decode_step(counts: Counts, num_seqs: int) -> None:
     assert run_step(counts, 4, num_seqs) == expected(4, LAYER, STEP)
 
 
-@pytest.mark.parametrize("num_seqs", BATCHES)
+def test_a_step_of_many_tokens(counts: Counts) -> None:
+    assert run_step(counts, 4, MANY) == expected(4, MANY_LAYER, STEP)
+
+
+@pytest.mark.parametrize("num_seqs", [*BATCHES, MANY])
 def test_a_decode_step_with_adapters(counts: Counts, num_seqs: int) -> None:
     launches = run_step(counts, 4, num_seqs, lora=True)
-    launches.subtract(expected(4, LAYER, STEP))
+    launches.subtract(expected(4, MANY_LAYER if num_seqs == MANY else LAYER, STEP))
     assert +launches == expected(4, LORA_LAYER, LORA_STEP)
     assert -launches == Counter()
 

@@ -25,7 +25,7 @@ def chunk_sizes(max_tokens: int) -> list[int]:
     """Numbers of tokens of the steps with chunks of prompts that are worth a graph.
 
     Larger ones keep the GPU busy for longer than the host takes to launch them one by one (31 ms
-    with 2048 tokens of gpt-oss-20b on an H100, and 18 for its 200 launches), and padding would cost
+    with 2048 tokens of gpt-oss-20b on an H100, and 18 for its 245 launches), and padding would cost
     more.
     """
     return [size for size in graph_sizes(min(max_tokens, 1024)) if size >= min(max_tokens, 16)]
