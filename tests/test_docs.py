@@ -11,12 +11,11 @@ from headrace.bench.commands import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [ROOT / "scripts" / "measure.sh"]
 PATH = re.compile(
     r"`((?:src|tests|docs|bench|scripts|\.ci)/[\w./-]+|Makefile|[\w-]+\.(?:toml|txt|md))`"
 )
-SCRIPTS = [ROOT / "scripts" / "measure.sh"]
 SYMBOL = re.compile(r"`(headrace(?:\.\w+)+)(?:\(.*?\))?`")
-
 BENCHMARK = re.compile(r"headrace bench ([a-z][a-z-]*)")
 
 

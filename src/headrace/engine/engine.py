@@ -60,25 +60,21 @@ class Engine:
         set_cpu_threads(config.model)
         phases = Phases()
         with phases("weights"):
-            found = (config.model, config.device, config.dtype, progress)
-            self.model, read_weights = (model, lambda: None) if model else open_model(*found)
+            if model:
+                self.model, read_weights = model, lambda: None
+            else:
+                self.model, read_weights = open_model(
+                    config.model, config.device, config.dtype, progress
+                )
         device = self.model.device
         on_gpu, blank_bytes = device.type == "cuda", tensor_bytes(device)
         with phases("adapters"):
             if on_gpu:  # on the CPU memory is taken as it is needed
-                rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-                max_rank = config.max_lora_rank if config.enable_lora else 0
-                with memory_for(f"a step of {rows} tokens", "--max-num-batched-tokens"):
-                    self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
+                self._reserve()
             self.adapters = Adapters(config, self.model)
         self.sampler = Sampler(self.model.config.vocab_size, config.max_num_seqs, device)
         other_bytes = tensor_bytes(device) - blank_bytes
-        with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(self._compile_early) if on_gpu else None
-            with phases("weights"), memory_for("the checkpoint", "--max-num-batched-tokens"):
-                read_weights()
-            with phases("kernels"):
-                warmed = compiling.result() if compiling else WarmUp(0, 0)
+        warmed = self._read_and_compile(read_weights, phases)
         weight_bytes = tensor_bytes(device) - other_bytes
         with phases("cache"), memory_for("the KV cache", "--kv-cache-memory"):
             self._make_cache()
@@ -98,6 +94,24 @@ class Engine:
         self._arrivals = count()
         self._num_steps = 0
         self._iteration_tokens: list[int] = []
+
+    def _reserve(self) -> None:
+        """Take the memory of the largest step."""
+        config = self.config
+        rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+        max_rank = config.max_lora_rank if config.enable_lora else 0
+        with memory_for(f"a step of {rows} tokens", "--max-num-batched-tokens"):
+            self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
+
+    def _read_and_compile(self, read_weights: Callable[[], None], phases: Phases) -> WarmUp:
+        """Fill the model, and on a GPU compile the kernels meanwhile."""
+        with ThreadPoolExecutor(1) as beside:
+            on_gpu = self.model.device.type == "cuda"
+            compiling = beside.submit(self._compile_early) if on_gpu else None
+            with phases("weights"), memory_for("the checkpoint", "--max-num-batched-tokens"):
+                read_weights()
+            with phases("kernels"):
+                return compiling.result() if compiling else WarmUp(0, 0)
 
     def _compile_early(self) -> WarmUp:
         """Warm up with a small cache, while the weights are read."""

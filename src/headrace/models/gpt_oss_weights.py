@@ -119,7 +119,7 @@ def tensor_shapes(config: GptOssConfig, is_mxfp4: bool) -> Shapes:
         shapes["lm_head.weight"] = (vocab, hidden)
     layer = _attention_shapes(config) | _moe_shapes(config, is_mxfp4)
     for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes |= {_prefix(i) + name: shape for name, shape in layer.items()}
     return shapes
 
 

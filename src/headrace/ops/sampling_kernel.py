@@ -59,6 +59,7 @@ def _ranked(x, token):
 
 @triton.jit
 def _ranked_order(order, token):
+    """The same of what _order made."""
     return (order.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
