@@ -351,7 +351,10 @@ def test_nothing_is_allocated_and_a_graph_replays(small):
     h, y, out = torch.empty_like(x.repeat(4, 1)), torch.empty_like(x.repeat(4, 1)), x.clone()
 
     def step():
-        routing_kernel.route(x, norm, 1e-5, router, bias, buffers, tiles.gate_up.block_m)
+        summed = routing_kernel.route(
+            x, x, norm, 1e-5, router, bias, buffers,
+            tiles.gate_up.block_m,
+        )  # fmt: skip
         experts_kernel.grouped_matmul(
             buffers.normed, kernel_weights[0], small.gate_up_bias, buffers.sorted, tiles.gate_up,
             h, 4, True, activation=Activation.SWIGLU_OAI,
@@ -360,7 +363,7 @@ def test_nothing_is_allocated_and_a_graph_replays(small):
             h, kernel_weights[1], small.down_bias, buffers.sorted, tiles.down, y, 4, False,
             slot_weights=buffers.expert_weights.view(-1),
         )  # fmt: skip
-        weighted_sum(y, buffers.expert_ids, range(32), x, out)
+        weighted_sum(y, buffers.expert_ids, range(32), summed, out)
 
     bias = router[:, 0].contiguous()
     step()

@@ -20,7 +20,7 @@ from headrace.ops import routing_kernel, sampling_kernel, sort_kernel, weighted_
 from headrace.ops.linear_tiles import LinearProblem, choose
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
-           "out": "*bf16", "y": "*bf16", "residual": "*bf16",
+           "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
            "partials": "*fp32", "weights": "*fp32", "slot_weights": "*fp32", "sum": "*bf16",
            "memory": "*bf16", "a": "*i64", "b": "*i64", "scale": "*fp32", "parts": "*fp32",
            "token_ids": "*i64", "sampled": "*i64"}
@@ -207,7 +207,7 @@ def all_kernels(capability):
                 routing_kernel.router_kernel, capability,
                 dict(TOP_K=4, RENORMALIZE=True, EXPERTS=experts, BLOCK_T=16, ROWS=rows,
                      SLICE_K=256, SORT_ALL=few, ONE_CHUNK=few and chunks == 1, BLOCK_M=16,
-                     CHUNKS=8, SLOTS=512)
+                     CHUNKS=8, SLOTS=512, residual_ptr=None)
                 | sizes | ({} if few else dict(norm_ptr=None))
                 | ({} if lora else dict.fromkeys(ROUTER_TABLES)),
                 16 if few else 4 if experts == 32 else 8, 2)
@@ -217,7 +217,7 @@ def all_kernels(capability):
                  EARLY=capability == 90), 8)
     results["router norm"] = compile_kernel(
         routing_kernel.norm_kernel, capability,
-        dict(ROWS=4) | sizes, 16)
+        dict(ROWS=4, residual_ptr=None) | sizes, 16)
     results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
                                      dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
     results |= attention_kernels(capability)

@@ -191,8 +191,8 @@ def check_router(num_tokens, hidden, num_experts, ranks, device, dtype, limit):
         routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, dtype, device) for _ in "12"
     ]
     base, buffers = both
-    routing_kernel.route(x, norm, 1e-5, weight, None, base, 16)
-    routing_kernel.route(x, norm, 1e-5, weight, None, buffers, 16, lora=lora)
+    routing_kernel.route(x, None, norm, 1e-5, weight, None, base, 16)
+    routing_kernel.route(x, None, norm, 1e-5, weight, None, buffers, 16, lora=lora)
     assert torch.equal(buffers.normed, base.normed)
     logits = base.normed.double() @ weight.double().T
     none = slots < 0
@@ -221,7 +221,7 @@ def router_rows_keep_their_bits(num_experts, hidden, total, sizes, device, dtype
         layer = LoraLayer(site, site, site, site, site)
         lora = MoELora(layer, adapters.memory, rows_of(slots[rows], len(ranks)), LoraBuffers())
         found = routing_kernel.allocate(len(rows), hidden, num_experts, 4, 16, dtype, device)
-        routing_kernel.route(x[rows], norm, 1e-5, weight, None, found, 16, lora=lora)
+        routing_kernel.route(x[rows], None, norm, 1e-5, weight, None, found, 16, lora=lora)
         return found.expert_ids, found.expert_weights
 
     whole = run(torch.arange(total, device=device))

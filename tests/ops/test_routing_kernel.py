@@ -28,8 +28,8 @@ class Router:
         self.weight = (torch.randn(num_experts, hidden, device=device) * 0.05).to(dtype)
         self.bias = torch.randn(num_experts, device=device).to(dtype)
 
-    def normed(self, x: Tensor) -> Tensor:
-        x = x.double()
+    def normed(self, summed: Tensor) -> Tensor:
+        x = summed.double()
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
         return x * scale * self.norm.double()
 
@@ -43,17 +43,19 @@ class Router:
             *x.shape, len(self.weight), top_k, block_m, x.dtype, x.device,
             num_local=len(local) if local else None,
         )  # fmt: skip
-        for name in ("normed", "partials", "expert_weights"):
+        for name in ("normed", "summed", "partials", "expert_weights"):
             getattr(buffers, name).fill_(float("nan"))
         written = (buffers.sorted.slots, buffers.sorted.blocks, buffers.ranks, buffers.histograms)
         for part in (*written, buffers.expert_ids):
             part.fill_(-7)
         return buffers
 
-    def run(self, x, top_k, block_m=16, **options) -> RoutingBuffers:
+    def run(self, x, residual, top_k, block_m=16, **options) -> tuple[Tensor, RoutingBuffers]:
         buffers = self.buffers(x, top_k, block_m, options.get("local"))
-        route(x, self.norm, 1e-5, self.weight, self.bias, buffers, block_m, **options)
-        return buffers
+        summed = route(
+            x, residual, self.norm, 1e-5, self.weight, self.bias, buffers, block_m, **options
+        )
+        return summed, buffers
 
 
 def check_top_k(router, buffers, renormalize=True):
@@ -70,10 +72,12 @@ def check_top_k(router, buffers, renormalize=True):
 def check(
     router, num_tokens, hidden, top_k, block_m=16, device="cuda", dtype=torch.bfloat16, **options
 ):
-    x = torch.randn(num_tokens, hidden, device=device).to(dtype)
-    buffers = router.run(x, top_k, block_m, **options)
+    x, residual = (torch.randn(num_tokens, hidden, device=device).to(dtype) for _ in range(2))
+    residual = residual if options.pop("add", True) else None
+    summed, buffers = router.run(x, residual, top_k, block_m, **options)
+    assert torch.equal(summed, x if residual is None else x + residual)
     rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5  # twice a rounding
-    torch.testing.assert_close(buffers.normed.double(), router.normed(x), rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(buffers.normed.double(), router.normed(summed), rtol=rtol, atol=1e-5)
     check_top_k(router, buffers, options.get("renormalize", True))
     local = options.get("local") or range(len(router.weight))
     check_sorted(buffers, buffers.expert_ids, block_m, local)
@@ -87,12 +91,12 @@ CPU = {"device": "cpu", "dtype": torch.float32}
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "options"),
     [
-        (1, 4, {}),
+        (1, 4, {"add": False}),
         (16, 8, {"local": range(5, 11)}),
         (35, 3, {"renormalize": False}),  # more than one chunk of tokens
         (100, 2, {"local": range(5)}),
         (145, 1, {}),  # more than one launch
-        (130, 4, {"local": range(5)}),
+        (130, 4, {"local": range(5), "add": False}),
     ],
 )
 def test_interpreted_routing(num_tokens, top_k, options):
@@ -104,10 +108,11 @@ def test_interpreted_ties_and_empty_batch():
     router = Router(12, 200, **CPU)
     router.weight.zero_()
     router.bias = None
-    buffers = router.run(torch.randn(3, 200), 4)
+    _, buffers = router.run(torch.randn(3, 200), None, 4)
     assert buffers.expert_ids.tolist() == [[0, 1, 2, 3]] * 3
     assert buffers.expert_weights.tolist() == [[0.25] * 4] * 3
-    router.run(torch.zeros(0, 200), 4)
+    summed, _ = router.run(torch.zeros(0, 200), None, 4)
+    assert summed.shape == (0, 200)
 
 
 @interpreted
@@ -126,10 +131,10 @@ def test_interpreted_a_row_of_nan_does_no_harm():
 
 def rows_of_nan_do_no_harm(router: Router, x: Tensor) -> None:
     """Every token keeps top_k different experts that exist; the others keep their bits."""
-    good = router.run(x, 4)
+    _, good = router.run(x, None, 4)
     x = x.clone()
     x[7, 100] = float("nan")
-    buffers = router.run(x, 4)
+    _, buffers = router.run(x, None, 4)
     check_sorted(buffers, buffers.expert_ids, 16, range(len(router.weight)))
     for row in buffers.expert_ids.tolist():
         assert len(set(row)) == 4
@@ -169,7 +174,7 @@ for num_tokens in (1, 2, 4, 8, 20, 129):
     x = torch.zeros(num_tokens, hidden).bfloat16()
     buffers = routing_kernel.allocate(num_tokens, hidden, num_experts, 4, 16, x.dtype, "cpu")
     for renormalize in (True, False):
-        routing_kernel.route(x, norm, 1e-5, weight, bias, buffers, 16, renormalize)
+        routing_kernel.route(x, None, norm, 1e-5, weight, bias, buffers, 16, renormalize)
 print(json.dumps(layouts))
 """
 
@@ -199,6 +204,7 @@ def wrong_calls() -> dict[str, tuple[dict, str]]:
         "dtype": ({"router_weight": torch.zeros(8, 64).half()}, "router weight is torch.float16"),
         "bias": ({"router_bias": torch.zeros(9)}, r"router bias has shape \(9,\)"),
         "norm": ({"norm_weight": torch.zeros(1, 64)}, r"norm weight has shape \(1, 64\)"),
+        "residual": ({"residual": torch.zeros(20, 63)}, r"residual has shape \(20, 63\)"),
         "buffers": ({"buffers": other}, r"buffers.normed has shape \(19, 64\)"),
         "top_k": ({"buffers": too_many}, "buffers are for the 9 best experts; there are 8"),
         "local": ({"local": range(6, 9)}, r"local is range\(6, 9\); pass a range within the 8"),
@@ -215,6 +221,7 @@ def test_what_does_not_fit_is_named(name):
     change, message = wrong_calls()[name]
     arguments = {
         "x": torch.zeros(20, 64),
+        "residual": None,
         "norm_weight": torch.zeros(64),
         "eps": 1e-5,
         "router_weight": torch.zeros(8, 64),
@@ -255,7 +262,7 @@ def test_top_k(top_k, renormalize):
 def test_sizes(hidden, num_experts):
     check(Router(num_experts, hidden), 8, hidden, 2)
     if num_experts == 64:
-        check(Router(num_experts, hidden), 150, hidden, 2)
+        check(Router(num_experts, hidden), 150, hidden, 2, add=False)
 
 
 @gpu
@@ -272,7 +279,7 @@ def test_ties_go_to_the_lower_expert():
     router.bias.zero_()
     for num_tokens in (1, 20, 200):
         x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
-        buffers = router.run(x, 4)
+        _, buffers = router.run(x, None, 4)
         assert buffers.expert_ids.tolist() == [[0, 1, 2, 3]] * num_tokens
 
 
@@ -281,10 +288,10 @@ def test_ties_go_to_the_lower_expert():
 def test_a_token_has_the_same_bits_in_every_batch(num_experts, hidden):
     router = Router(num_experts, hidden)
     x = torch.randn(8192, hidden, device="cuda").bfloat16()
-    whole = router.run(x, 4)
+    _, whole = router.run(x, None, 4)
     for size in (1, 2, 5, 8, 15, 16, 17, 33, 64, 100, 127, 128, 129, 145, 500, 1024, 4000):
         rows = torch.randperm(8192, device="cuda")[:size]
-        part = router.run(x[rows], 4)
+        _, part = router.run(x[rows], None, 4)
         assert torch.equal(part.normed, whole.normed[rows]), size
         assert torch.equal(part.expert_weights, whole.expert_weights[rows]), size
         assert torch.equal(part.expert_ids, whole.expert_ids[rows]), size

@@ -46,7 +46,7 @@ class Step:
         """Norm, router, top-k and sort."""
         weights, buffers = self.layers[i % NUM_WEIGHT_SETS], self.buffers[i % NUM_INPUTS]
         routing_kernel.route(
-            self.inputs[i % NUM_INPUTS], weights.norm, weights.eps, weights.router,
+            self.inputs[i % NUM_INPUTS], None, weights.norm, weights.eps, weights.router,
             weights.router_bias, buffers.routing, buffers.tiles.gate_up.block_m,
         )  # fmt: skip
         return buffers

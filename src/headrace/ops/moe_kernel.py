@@ -38,13 +38,12 @@ def moe_layer_kernel(
     _route(h, weights, buffers, lora)
     gate_up_matmul(weights, buffers, lora)
     down_matmul(weights, buffers, lora)
-    ids, everyone = buffers.routing.expert_ids, range(weights.num_experts)
-    return weighted_sum(buffers.weighted, ids, everyone, h, out, next_norm)
+    return weighted_sum(buffers.weighted, buffers.routing.expert_ids, None, h, out, next_norm)
 
 
 def _route(h: Tensor, weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | None) -> None:
     routing_kernel.route(
-        h, weights.norm, weights.eps, weights.router, weights.router_bias, buffers.routing,
+        h, None, weights.norm, weights.eps, weights.router, weights.router_bias, buffers.routing,
         buffers.tiles.gate_up.block_m, weights.renormalize, lora=lora,
     )  # fmt: skip
 

@@ -31,6 +31,7 @@ class RoutingBuffers:
     num_experts: int
     counters: Tensor  # from `routing_counters`
     normed: Tensor  # [num_tokens, hidden]
+    summed: Tensor  # [num_tokens, hidden]: x + residual
     partials: Tensor  # [slices, num_tokens, padded experts] float32
     ranks: Tensor  # [num_tokens, top_k] int32
     histograms: Tensor  # [chunks, padded experts] int32
@@ -67,6 +68,7 @@ def routing_buffers(
         num_experts=num_experts,
         counters=counters,
         normed=take((num_tokens, hidden), dtype),
+        summed=take((num_tokens, hidden), dtype),
         partials=take((-(-hidden // SLICE_K), num_tokens, padded), torch.float32),
         ranks=take((num_tokens, top_k), torch.int32),
         histograms=take((-(-num_tokens // BLOCK_T), padded), torch.int32),

@@ -55,11 +55,15 @@ def allocate(
 
 
 @triton.jit
-def _load_rows(x_ptr, token, num_tokens, column, HIDDEN: tl.constexpr):
-    """Some columns of x."""
+def _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN: tl.constexpr):
+    """x + residual of some columns, in x's dtype."""
     place = token[:, None].to(tl.int64) * HIDDEN + column[None, :]
     mask = (token < num_tokens)[:, None] & (column < HIDDEN)[None, :]
-    return tl.load(x_ptr + place, mask=mask, other=0.0)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+    return x
 
 
 @triton.jit
@@ -80,18 +84,22 @@ def _inverse_rms(
 
 @triton.jit
 def _store_normed(
-    x,  # [tokens, columns]
-    norm,  # [columns] float32
-    scale,  # [tokens] float32
+    x,  # [BLOCK_T, SLICE_K], the sum already rounded
+    norm,  # [SLICE_K] float32
+    scale,  # [BLOCK_T] float32
+    summed_ptr,
     normed_ptr,
     token,
     num_tokens,
     column,
     HIDDEN: tl.constexpr,
+    STORE_SUM: tl.constexpr,
 ):
-    """Write and return x * scale * norm, rounded."""
+    """Write and return x * scale * norm, rounded; write x too if it is a sum."""
     place = token[:, None].to(tl.int64) * HIDDEN + column[None, :]
     mask = (token < num_tokens)[:, None] & (column < HIDDEN)[None, :]
+    if STORE_SUM:
+        tl.store(summed_ptr + place, x, mask=mask)
     normed = (x.to(tl.float32) * scale[:, None] * norm[None, :]).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + place, normed, mask=mask)
     return normed
@@ -208,7 +216,9 @@ def _choose(
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x_ptr,  # [num_tokens, HIDDEN]
+    residual_ptr,  # [num_tokens, HIDDEN] or None
     norm_ptr,  # [HIDDEN]
+    summed_ptr,
     normed_ptr,
     num_tokens,
     eps,
@@ -217,24 +227,27 @@ def norm_kernel(
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
-    """normed = rms_norm(x), with the bits that router_kernel gives it."""
+    """normed = rms_norm(x + residual), with the bits that router_kernel gives it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, PADDED_HIDDEN)
     norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    x = _load_rows(x_ptr, row, num_tokens, column, HIDDEN)
+    x = _load_rows(x_ptr, residual_ptr, row, num_tokens, column, HIDDEN)
     scale = _inverse_rms(x, eps, HIDDEN)
-    _store_normed(x, norm, scale, normed_ptr, row, num_tokens, column, HIDDEN)
+    ADDED: tl.constexpr = residual_ptr is not None
+    _store_normed(x, norm, scale, summed_ptr, normed_ptr, row, num_tokens, column, HIDDEN, ADDED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "first_expert", "num_local"])
 def router_kernel(
     x_ptr,  # [num_tokens, HIDDEN]
+    residual_ptr,  # [num_tokens, HIDDEN] or None
     norm_ptr,  # [HIDDEN]; None: x is normed
     weight_ptr,  # [num_experts, HIDDEN]
     bias_ptr,  # [num_experts] or None
+    summed_ptr,
     normed_ptr,
     partials_ptr,  # [slices, num_tokens, EXPERTS] float32
     counters_ptr,
@@ -271,11 +284,12 @@ def router_kernel(
     SLOTS: tl.constexpr,  # with SORT_ALL: all slots, padded
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
-    """normed = rms_norm(x); logits = normed W^T + b; then top-k, and the sort's part.
+    """normed = rms_norm(x + residual); logits = normed W^T + b; then top-k, and the sort's part.
 
     Adapters add scale (normed A^T) B to the logits.
     """
     SLICES: tl.constexpr = (HIDDEN + SLICE_K - 1) // SLICE_K
+    ADDED: tl.constexpr = residual_ptr is not None
     # the experts are the tall side of the product: 64 rows, as Hopper's instruction wants them
     TALL: tl.constexpr = max(EXPERTS, 64)
     chunk = tl.program_id(1)
@@ -293,9 +307,9 @@ def router_kernel(
     # All loads before anything waits for one. ptxas would move the weight's first, and the
     # rest behind its stores to shared memory; it moves nothing over a barrier.
     if norm_ptr is not None:
-        whole = _load_rows(x_ptr, row, num_tokens, any_column, HIDDEN)
+        whole = _load_rows(x_ptr, residual_ptr, row, num_tokens, any_column, HIDDEN)
         norm = tl.load(norm_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-    x = _load_rows(x_ptr, token, num_tokens, column, HIDDEN)
+    x = _load_rows(x_ptr, residual_ptr, token, num_tokens, column, HIDDEN)
     tl.debug_barrier()
     w = _load_weight(weight_ptr, column, num_experts, HIDDEN, TALL)
     if norm_ptr is None:
@@ -304,7 +318,9 @@ def router_kernel(
         scale = _inverse_rms(whole, eps, HIDDEN)
         if ROWS < BLOCK_T:  # row t gets that of t % ROWS: there are no rows from ROWS on
             scale = tl.broadcast_to(scale[None, :], (BLOCK_T // ROWS, ROWS)).reshape(BLOCK_T)
-        normed = _store_normed(x, norm, scale, normed_ptr, token, num_tokens, column, HIDDEN)
+        normed = _store_normed(
+            x, norm, scale, summed_ptr, normed_ptr, token, num_tokens, column, HIDDEN, ADDED
+        )
     acc = tl.dot(w, tl.trans(normed), input_precision="ieee")
     slice_size = num_tokens * EXPERTS
     tall = tl.arange(0, TALL)[:, None]
@@ -340,6 +356,7 @@ def router_kernel(
 
 def route(
     x: Tensor,  # [num_tokens, hidden]
+    residual: Tensor | None,  # [num_tokens, hidden]
     norm_weight: Tensor,  # [hidden]
     eps: float,
     router_weight: Tensor,  # [num_experts, hidden]
@@ -349,24 +366,25 @@ def route(
     renormalize: bool = True,
     local: range | None = None,
     lora: MoELora | None = None,
-) -> None:
-    """Fill `buffers`: normed, expert_ids, expert_weights and sorted.
+) -> Tensor:
+    """Fill `buffers`: normed, expert_ids, expert_weights and sorted. Returns x + residual.
 
     With renormalize the weights are a softmax over the chosen experts, else over all of them.
     `local` are the experts held here: slots of others get no block. Adapters of the router change
     the logits; a row without one gets the bits that it has where nobody has one.
     """
-    _check(x, norm_weight, router_weight, router_bias, buffers)
+    _check(x, residual, norm_weight, router_weight, router_bias, buffers)
     local = local or range(len(router_weight))
     check_sort(buffers, local, block_m)
     if len(x) == 0:
-        return
+        return x
     _launch_router(
-        x, norm_weight, eps, router_weight, router_bias, buffers, buffers.expert_weights,
-        buffers.expert_ids.shape[1], renormalize, block_m, local, lora,
+        x, residual, norm_weight, eps, router_weight, router_bias, buffers,
+        buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, block_m, local, lora,
     )  # fmt: skip
     if not _is_few(len(x)):
         place(buffers.expert_ids, local, buffers, block_m)
+    return x if residual is None else buffers.summed
 
 
 def router_gemm(
@@ -377,15 +395,16 @@ def router_gemm(
     out: Tensor,  # [num_tokens, num_experts] float32
 ) -> Tensor:
     """out = x W^T + b; a row has the same bits whatever the other rows."""
-    _check(x, None, weight, bias, buffers)
+    _check(x, None, None, weight, bias, buffers)
     check_tensor("out", out, (len(x), len(weight)), torch.float32)
     if len(x):
-        _launch_router(x, None, 0.0, weight, bias, buffers, out)
+        _launch_router(x, None, None, 0.0, weight, bias, buffers, out)
     return out
 
 
 def _launch_router(
     x: Tensor,
+    residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
     weight: Tensor,
@@ -401,13 +420,13 @@ def _launch_router(
     num_tokens, hidden = x.shape
     few, early, experts = _is_few(num_tokens), dispatch.is_hopper(x), padded_experts(len(weight))
     if norm_weight is not None and not few:
-        _launch_norm(x, norm_weight, eps, buffers)
-        x, norm_weight = buffers.normed, None
+        _launch_norm(x, residual, norm_weight, eps, buffers)
+        x, residual, norm_weight = buffers.normed, None, None
     router_kernel[(triton.cdiv(hidden, SLICE_K), triton.cdiv(num_tokens, BLOCK_T))](
-        x, norm_weight, weight, bias, buffers.normed, buffers.partials, buffers.counters,
-        buffers.expert_ids, out, buffers.ranks, buffers.histograms, buffers.sorted.slots,
-        buffers.sorted.blocks, *_lora_arguments(lora), num_tokens, len(weight),
-        len(buffers.sorted.blocks), local.start, len(local), eps,
+        x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
+        buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
+        buffers.sorted.slots, buffers.sorted.blocks, *_lora_arguments(lora), num_tokens,
+        len(weight), len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
         PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=experts, BLOCK_T=BLOCK_T,
         ROWS=_rows_at_once(num_tokens, hidden), SLICE_K=SLICE_K, BLOCK_M=block_m,
@@ -424,11 +443,13 @@ def _lora_arguments(lora: MoELora | None) -> tuple[Tensor | None, ...]:
     return lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale
 
 
-def _launch_norm(x: Tensor, norm_weight: Tensor, eps: float, buffers: RoutingBuffers) -> None:
+def _launch_norm(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, buffers: RoutingBuffers
+) -> None:
     num_tokens, hidden = x.shape
     rows, early = _rows_at_once(NORM_ROWS, hidden), dispatch.is_hopper(x)
     norm_kernel[(triton.cdiv(num_tokens, rows),)](
-        x, norm_weight, buffers.normed, num_tokens, eps, HIDDEN=hidden,
+        x, residual, norm_weight, buffers.summed, buffers.normed, num_tokens, eps, HIDDEN=hidden,
         PADDED_HIDDEN=triton.next_power_of_2(hidden), ROWS=rows, EARLY=early,
         num_warps=NORM_WARPS, launch_pdl=early,
     )  # fmt: skip
@@ -449,6 +470,7 @@ def _is_few(num_tokens: int) -> bool:
 
 def _check(
     x: Tensor,
+    residual: Tensor | None,
     norm_weight: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -465,6 +487,9 @@ def _check(
     check_tensor("router weight", weight, (num_experts, hidden), x.dtype)
     if bias is not None:
         check_tensor("router bias", bias, (num_experts,), x.dtype)
+    if residual is not None:
+        check_tensor("residual", residual, (num_tokens, hidden), x.dtype)
+        check_tensor("buffers.summed", buffers.summed, (num_tokens, hidden), x.dtype)
     if norm_weight is not None:
         check_tensor("norm weight", norm_weight, (hidden,), x.dtype)
         check_tensor("buffers.normed", buffers.normed, (num_tokens, hidden), x.dtype)

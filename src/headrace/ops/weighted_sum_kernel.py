@@ -16,7 +16,7 @@ from headrace.ops.norm_kernel import normalize
 @triton.jit(do_not_specialize=["first_expert", "num_local"])
 def weighted_sum_kernel(
     y_ptr,  # [num_tokens * TOP_K, hidden], already times the routing weights
-    expert_ids_ptr,  # [num_tokens, TOP_K] int32
+    expert_ids_ptr,  # [num_tokens, TOP_K] int32; None: all experts are held here
     residual_ptr,  # [num_tokens, hidden] or None
     out_ptr,  # [num_tokens, hidden]
     norm_weight_ptr,  # [hidden], or None
@@ -44,8 +44,10 @@ def weighted_sum_kernel(
         gdc_wait()
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP_K):
-        local = tl.load(expert_ids_ptr + token * TOP_K + k) - first_expert
-        held = mask & (local >= 0) & (local < num_local)
+        held = mask
+        if expert_ids_ptr is not None:
+            local = tl.load(expert_ids_ptr + token * TOP_K + k) - first_expert
+            held = mask & (local >= 0) & (local < num_local)
         y = tl.load(y_ptr + (token * TOP_K + k) * hidden + column, mask=held, other=0.0)
         total += y.to(tl.float32)
     if residual_ptr is not None:
@@ -60,7 +62,7 @@ def weighted_sum_kernel(
 def weighted_sum(
     y: Tensor,  # [num_tokens * top_k, hidden]
     expert_ids: Tensor,  # [num_tokens, top_k] int32
-    local: range,  # experts held here
+    local: range | None,  # experts held here; None: all, and no id is read
     residual: Tensor | None,  # [num_tokens, hidden]
     out: Tensor,  # [num_tokens, hidden]; may be residual
     next_norm: NextNorm | None = None,
@@ -74,8 +76,8 @@ def weighted_sum(
     if num_tokens:
         early = dispatch.is_hopper(out)
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden, block))](
-            y, expert_ids, residual, out, weight, normed, hidden, eps, local.start, len(local),
-            TOP_K=expert_ids.shape[1], BLOCK=block,
+            y, None if local is None else expert_ids, residual, out, weight, normed, hidden, eps,
+            local.start if local else 0, len(local or ()), TOP_K=expert_ids.shape[1], BLOCK=block,
             EARLY=early, num_warps=4 if weight is None else 8, launch_pdl=early,
         )  # fmt: skip
     return out
