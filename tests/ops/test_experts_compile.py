@@ -80,7 +80,7 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
     process = run_script(SCRIPT, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     kernels = json.loads(process.stdout.splitlines()[-1])
-    assert len(kernels) > 8
+    assert len(kernels) >= 10
     for kernel in kernels:
         assert not kernel["serialized"], kernel
         assert kernel["stack"] == 0, kernel

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headrace.bench.case import NUM_INPUTS, Case
+from headrace.ops import dispatch
 from headrace.ops.attention import paged_attention
 from headrace.ops.attention_plan import AttentionPlan, empty_plan, plan_shape
 from headrace.ops.rope import apply_rope, rope_and_cache
@@ -155,7 +156,7 @@ def random_calls(problem: Attention, device: torch.device) -> Calls:
     num_tokens = problem.num_tokens
     num_sms = 1
     if device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        num_sms = dispatch.gpu_limits(table.device.index).num_sms
     shape = plan_shape(num_tokens, problem.num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, num_sms)
     plan = empty_plan(shape, problem.window, device)
     ones = np.ones(problem.num_seqs, np.int64)

@@ -186,7 +186,7 @@ class Runner:
             return None
         num_sms = 1  # interpreted on the CPU
         if device.type == "cuda":
-            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            num_sms = dispatch.gpu_limits(device.index).num_sms
         shape = plan_shape(
             config.max_num_batched_tokens,
             config.max_num_seqs + 1,
