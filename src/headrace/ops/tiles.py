@@ -70,7 +70,7 @@ def _fitted(tile: Tile, problem: Problem) -> Tile:
 
 
 def _fastest(problem: Problem) -> MoETiles:
-    """On an H100; the reasons: bench/results/h100/tune.csv, hidden and inter 2880.
+    """On an H100; the reasons: tune.csv, moe_small.csv and moe_large.csv in bench/results/h100.
 
     Never fewer than 16 rows: with 8 the compiler takes another matrix instruction (mma.sync), which
     gives the same bits but wants the weights elsewhere: 45 us a layer against 36 at one token.
