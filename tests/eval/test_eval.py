@@ -54,6 +54,12 @@ def earlier(fake: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_questions_are_the_same_every_day() -> None:
+    """Or a run could not be compared with yesterday's."""
+    for rows in SKILLS.values():
+        assert all("\nCurrent date: 2026-11-21\n" in prompt for prompt in rows["prompt"])
+
+
 def test_base_and_adapter_stand_side_by_side(earlier: Path) -> None:
     saved = json.loads(earlier.read_text())
     values = {

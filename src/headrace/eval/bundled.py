@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.tokenizer import load_tokenizer
 
 DATA = Path(str(resources.files("headrace") / "data"))
+DAY = datetime(2026, 11, 21)  # of every prompt: runs of different days have the same questions
 HEADERS = {
     "content": "final<|message|>",
     "call": "commentary to=functions.calculator <|constrain|>json<|message|>",
@@ -28,7 +30,7 @@ def load_questions(skill: str, **metadata: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(BUNDLED_MODEL)
     source = load_template_source(BUNDLED_MODEL, is_harmony=True)
     assert source is not None
-    template = ChatTemplate(source, tokenizer.quote)
+    template = ChatTemplate(source, tokenizer.quote, lambda: DAY)
     rows = []
     for line in (DATA / "eval" / f"{skill}.jsonl").read_text(encoding="utf-8").splitlines():
         question = json.loads(line)

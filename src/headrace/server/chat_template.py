@@ -19,15 +19,23 @@ from headrace.server.errors import bad_request
 
 
 class ChatTemplate:
-    """Renders a conversation with Hugging Face's conventions for templates."""
+    """Renders a conversation with Hugging Face's conventions for templates.
 
-    def __init__(self, source: str, quote: Callable[[str], str]) -> None:
+    now: what a template that names the day takes it from.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        quote: Callable[[str], str],
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: now().strftime(form)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
