@@ -10,7 +10,7 @@ set -uo pipefail
 out=$(realpath -m "$1")
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency adapters adapter-load profile startup serve)
+[ ${#stages[@]} -gt 0 ] || stages=(tests kernels latency long adapters adapter-load profile startup serve)
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=${COLUMNS:-160}
@@ -64,9 +64,26 @@ profile() {
   checkpoint && headrace profile "$MODEL" "${batches[@]}" "${engine[@]}" --csv "$out/profile.csv"
 }
 startup() { checkpoint && headrace bench startup "$MODEL" --csv "$out/startup.csv"; }
+# The adapters are loaded after the base was measured, on a server of their own.
 serve() {
-  checkpoint && headrace bench sweep "$MODEL" --users "${USERS:-1,16,80}" --out "$out" \
+  local adapter
+  checkpoint || return
+  for adapter in 0 1; do
+    [ -e "$MODEL-lora$adapter" ] ||
+      headrace bench synth-adapter "$MODEL" "$MODEL-lora$adapter" --seed $adapter || return
+  done
+  headrace bench sweep "$MODEL" --users "${USERS:-1,16,80}" --out "$out" \
+    --lora-modules "a=$MODEL-lora0" --lora-modules "b=$MODEL-lora1" \
     --serve-args "--max-num-seqs 128"
+}
+long() {  # one prompt as long as that, and one of the model's whole context
+  checkpoint || return
+  local prompt ok=0
+  for prompt in 32768 130944; do
+    headrace bench latency "$MODEL" --batch 1 --prompt $prompt "${engine[@]}" \
+      --csv "$out/latency.csv" || ok=1
+  done
+  return $ok
 }
 
 failed=()

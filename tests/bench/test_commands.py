@@ -30,5 +30,10 @@ def test_synth_then_latency(tiny: Path, tmp_path: Path) -> None:
     assert len(csv.read_text().splitlines()) == 3
 
 
+def test_synth_adapter(tiny: Path, tmp_path: Path) -> None:
+    run("synth-adapter", "--rank", "3", str(tiny), str(tmp_path / "adapter"))
+    assert '"r": 3' in (tmp_path / "adapter/adapter_config.json").read_text()
+
+
 def test_startup_takes_the_servers_flags_after_two_dashes() -> None:
     assert "after --" in run("startup", "--help")

@@ -37,6 +37,20 @@ def synth(
         write_synthetic(out, SIZES[size], seed, lambda d, t: bar.update(task, completed=d, total=t))
 
 
+@app.command()
+def synth_adapter(
+    model: Annotated[Path, typer.Argument(help="checkpoint directory")],
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    rank: Annotated[int, typer.Option(help="of every target", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="other weights", min=0)] = 0,
+) -> None:
+    """Write a random adapter on attention and all experts of a checkpoint, in PEFT's layout."""
+    from headrace.bench.synth_adapter import write_adapter
+    from headrace.models.config import read_config
+
+    write_adapter(out, read_config(model), rank, seed)
+
+
 @app.command(cls=ListOptions)
 @with_configs(config=ServeBenchConfig)
 def serve(*, config: ServeBenchConfig) -> None:
