@@ -40,10 +40,19 @@ def test_sizes_of_64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "smallest", "largest"), [(8192, 16, 1024), (100, 16, 100), (9, 9, 9)]
+    ("max_tokens", "has_lora", "smallest", "largest"),
+    [
+        (8192, False, 16, 1024),
+        (8192, True, 16, 2048),
+        (1500, True, 16, 1500),
+        (100, True, 16, 100),
+        (9, False, 9, 9),
+    ],
 )
-def test_sizes_of_steps_with_chunks(max_tokens: int, smallest: int, largest: int) -> None:
-    sizes = chunk_sizes(max_tokens)
+def test_sizes_of_steps_with_chunks(
+    max_tokens: int, has_lora: bool, smallest: int, largest: int
+) -> None:
+    sizes = chunk_sizes(max_tokens, has_lora)
     assert sizes == sorted(set(sizes))
     assert (sizes[0], sizes[-1]) == (smallest, largest)
     assert all(b <= a * 5 / 4 for a, b in pairwise(sizes))

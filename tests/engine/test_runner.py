@@ -55,8 +55,9 @@ with torch.inference_mode():
         rows = replace(idle, output_rows=np.arange(outputs))
         slots = NO_ADAPTER if chosen.random() < 0.6 else None
         model.forward(runner._batch(rows, slots))
-    for size in chunk_sizes(TOKENS):
-        model.forward(runner._idle_chunk(size, chosen.random() < 0.6))
+    for has_lora in (False, True):
+        for size in chunk_sizes(TOKENS, has_lora):
+            model.forward(runner._idle_chunk(size, has_lora))
 counts.append({name: len(keys) for name, keys in kernels.items()})
 print(json.dumps(counts))
 """

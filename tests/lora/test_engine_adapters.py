@@ -8,8 +8,10 @@ from random import Random
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from headrace.config import ConfigError, EngineConfig
+from headrace.engine.adapters import slot_of
 from headrace.engine.engine import Engine
 from headrace.engine.messages import (
     AdapterReply,
@@ -20,6 +22,7 @@ from headrace.engine.messages import (
     UnloadAdapter,
 )
 from headrace.engine.request import Request
+from headrace.engine.scheduler import Plan
 from headrace.lora import loader
 from headrace.lora.pool import LoraPool
 from headrace.models import Model, load_model
@@ -124,6 +127,25 @@ def test_base_rows_keep_their_bits(checkpoint: Path, model: Model, tmp_path: Pat
     others = [ask(f"r{i}", PROMPTS[1], f"a{i}", max_tokens=8) for i in range(3)]
     together = run(engine, others[0], base, *others[1:])["base"]
     assert news(together) == expected
+
+
+def test_requests_of_one_adapter_stand_together(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of an expert's rows then seldom has rows of two adapters."""
+    engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 2))
+    steps: list[list[int]] = []
+    forward = engine.runner.forward
+
+    def note(plan: Plan, output_rows: list[int]) -> Tensor:
+        steps.append([slot_of(request) for request in plan])
+        return forward(plan, output_rows)
+
+    monkeypatch.setattr(engine.runner, "forward", note)
+    run(engine, *(ask(f"r{i}", PROMPTS[0], ("a0", None, "a1")[i % 3]) for i in range(9)))
+    assert all(slots == sorted(slots) for slots in steps)
+    assert max(len(slots) for slots in steps) == 9
+    assert len(set(steps[-1])) == 3
 
 
 def test_loads_in_place_forget_the_prefixes(checkpoint: Path, model: Model, tmp_path: Path) -> None:

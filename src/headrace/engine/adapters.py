@@ -11,6 +11,7 @@ from headrace.config import ConfigError, EngineConfig
 from headrace.engine.cache_size import memory_for
 from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from headrace.engine.request import Request, RequestError
+from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.files import directory, parse_module
 from headrace.lora import check
@@ -171,6 +172,15 @@ class LoraStaging:
         # each aligned, so that the kernels are compiled once and not for each remainder
         parts = self._staging.put(arrays)
         return LoraBatch(self._weights, LoraRows(*parts[:4]), LoraRows(*parts[4:]))
+
+
+def by_adapter(plan: Plan) -> Plan:
+    """The same, requests of one adapter side by side.
+
+    A block of an expert's rows then seldom has rows of two adapters, which the kernels take one
+    after the other.
+    """
+    return dict(sorted(plan.items(), key=lambda item: slot_of(item[0])))
 
 
 def slots_of(work: Sequence[tuple[Request, int]]) -> np.ndarray:

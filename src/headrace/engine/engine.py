@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.adapters import Adapters
+from headrace.engine.adapters import Adapters, by_adapter
 from headrace.engine.cache_size import cache_memory, memory_for, page_bytes, plan_cache
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
@@ -197,7 +197,7 @@ class Engine:
         """
         outputs, self._news = self._news, []
         outputs += self._take_loads()
-        plan = self.scheduler.schedule()
+        plan = by_adapter(self.scheduler.schedule())
         before, self._launched = self._launched, self._launch(plan) if plan else None
         if before:
             outputs += self._collect(before)

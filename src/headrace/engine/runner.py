@@ -53,7 +53,7 @@ class Runner:
         num_groups = len(layout.windows)
         self._max_num_tokens = config.max_num_batched_tokens
         # the sequence that pads a step may be longer than a request
-        longest = max(max_model_len, chunk_sizes(self._max_num_tokens)[-1])
+        longest = max(max_model_len, chunk_sizes(self._max_num_tokens, lora is not None)[-1])
         self._max_blocks = -(-longest // block_size)
         most_rows = max(self._max_num_tokens, self.max_num_seqs)
         self._num_chunk_outputs = min(self.max_num_seqs, MOST_CHUNK_OUTPUTS)
@@ -75,7 +75,7 @@ class Runner:
                 batch = self._idle_decode(size, has_lora)
                 decode.capture(size, partial(self.model.forward, batch))
             chunks = self._chunk_graphs[has_lora] = Graphs()
-            for size in chunk_sizes(self._max_num_tokens):
+            for size in chunk_sizes(self._max_num_tokens, has_lora):
                 batch = self._idle_chunk(size, has_lora)
                 chunks.capture(size, partial(self.model.forward, batch))
 
