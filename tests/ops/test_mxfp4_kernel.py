@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.ops import mxfp4
-from headrace.ops.mxfp4_kernel import RowOrder, prepare, restore, row_map
+from headrace.ops.mxfp4_kernel import PREPARED_AT_ONCE, RowOrder, prepare, restore, row_map
+
+
+class CountedOps(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    number = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.number += 1
+        return op(*args, **(kwargs or {}))
 
 
 def random_packed(num_experts, rows, blocks, largest_scale=254, device="cpu"):
@@ -43,6 +54,20 @@ def test_restore_is_the_inverse_of_prepare(order, rows, blocks):
     packed = random_packed(3, rows, blocks)
     for got, expected in zip(restore(prepare(*packed, order)), packed, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_experts_are_prepared_many_at_once():
+    """Each op waits for Python while other threads compile kernels: 54,000 took 10 s."""
+    some, all_but_one = (random_packed(n, 70, 3, 120) for n in (1, 2 * PREPARED_AT_ONCE - 1))
+    with CountedOps() as one:
+        prepare(*some)
+    with CountedOps() as two:
+        weight = prepare(*all_but_one)
+    assert two.number < 2 * one.number
+    for i in range(weight.num_experts):
+        alone = prepare(*(part[i : i + 1] for part in all_but_one))
+        assert torch.equal(weight.words[i], alone.words[0])
+        assert torch.equal(weight.scales[i], alone.scales[0])
 
 
 @pytest.mark.parametrize("order", RowOrder)

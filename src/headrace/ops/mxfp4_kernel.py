@@ -20,6 +20,7 @@ from torch import Tensor
 
 TILE_N = 64
 TILE_K = 128  # one 32-bit word holds the four scales of a row
+PREPARED_AT_ONCE = 8  # experts: few launches, and 0.4 GB on the way for those of gpt-oss
 _EXPONENT_SHIFT = 126  # a nibble's exponent and mantissa moved to bfloat16's field lose 2 ** 126
 _LARGEST_DIRECT_SCALE = 128  # larger ones would leave bfloat16's exponent with that factor put back
 
@@ -74,20 +75,38 @@ def prepare(
     words = blocks.new_empty((num_experts, len(rows) // 64, tiles_k * 2, 512), dtype=torch.int32)
     packed = blocks.new_empty((num_experts, len(rows) // 64, tiles_k, 64), dtype=torch.int32)
     table = _word_table().to(blocks.device)
-    for expert in range(num_experts):
-        padded = blocks.new_zeros(out_features + 1, tiles_k * 4, 16)
-        padded[:-1, :num_blocks] = blocks[expert]
-        # w, r8, hi: the row in its tile; b: block; i, lo: byte in its block
-        data = padded[rows].view(-1, 4, 2, 8, tiles_k * 2, 2, 4, 4)
-        parts = [table[i][data[..., i, :].int()] for i in range(4)]
-        word = parts[0] + parts[1] + parts[2] + parts[3]  # [nt, w, r8, hi, ku, b, lo]
-        words[expert] = word.permute(0, 4, 1, 3, 6, 2, 5).reshape(words.shape[1:])
-        padded_scales = scales.new_zeros(out_features + 1, tiles_k * 4)
-        shifted = scales[expert].int() + (_EXPONENT_SHIFT - exponent)
-        padded_scales[:-1, :num_blocks] = shifted.to(torch.uint8)
-        four = padded_scales[rows].view(torch.int32)  # [rows, tiles_k]
-        packed[expert] = four.view(-1, 64, tiles_k).transpose(1, 2)
+    for first in range(0, num_experts, PREPARED_AT_ONCE):
+        experts = slice(first, first + PREPARED_AT_ONCE)
+        words[experts] = _tile_words(blocks[experts], rows, tiles_k, table)
+        shifted = scales[experts].int() + (_EXPONENT_SHIFT - exponent)
+        packed[experts] = _tile_scales(shifted.to(torch.uint8), rows, tiles_k)
     return PreparedMXFP4(words, packed, out_features, num_blocks * 32, row_order, exponent)
+
+
+def _tile_words(blocks: Tensor, rows: Tensor, tiles_k: int, table: Tensor) -> Tensor:
+    """[num_experts, tiles_n, 2 * tiles_k, 512] int32."""
+    data = _gather(blocks, rows, tiles_k)
+    # w, r8, hi: the row in its tile; b: block; i, lo: byte in its block
+    data = data.view(len(blocks), -1, 4, 2, 8, tiles_k * 2, 2, 4, 4)
+    word = table[0][data[..., 0, :].int()]  # [experts, nt, w, r8, hi, ku, b, lo]
+    for i in range(1, 4):
+        word += table[i][data[..., i, :].int()]
+    word = word.permute(0, 1, 5, 2, 4, 7, 3, 6)
+    return word.reshape(len(blocks), -1, tiles_k * 2, 512)
+
+
+def _tile_scales(scales: Tensor, rows: Tensor, tiles_k: int) -> Tensor:
+    """[num_experts, tiles_n, tiles_k, 64] int32."""
+    four = _gather(scales, rows, tiles_k).view(torch.int32)  # [experts, rows, tiles_k]
+    return four.view(len(scales), -1, 64, tiles_k).transpose(2, 3)
+
+
+def _gather(x: Tensor, rows: Tensor, tiles_k: int) -> Tensor:
+    """x[:, rows] of [num_experts, out_features, blocks, ...], padded with zeros."""
+    num_experts, out_features, num_blocks, *rest = x.shape
+    padded = x.new_zeros(num_experts, out_features + 1, tiles_k * 4, *rest)
+    padded[:, :-1, :num_blocks] = x
+    return padded[:, rows]
 
 
 def restore(weight: PreparedMXFP4) -> tuple[Tensor, Tensor]:
