@@ -38,6 +38,17 @@ def test_imports_run_from_the_start_of_the_process() -> None:
     assert 0.3 <= float(out.stdout) <= time.perf_counter() - start + 0.05
 
 
+def test_a_process_that_has_settled_collects_what_it_makes_from_then_on() -> None:
+    code = (
+        "import gc; gc.disable()\n"
+        "from headrace.engine.phases import settle\n"
+        "settle()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True", "True"]
+
+
 def test_a_report_travels() -> None:
     report = StartReport({"imports": 1.5, "weights": 2.0}, cache_bytes=3, cache_tokens=4)
     sent = msgspec.msgpack.encode(report)

@@ -63,3 +63,4 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ MakeEngine = Callable[[EngineConfig, Callable[[int, int], None]], Any]
 
 def run(config: EngineConfig, address: str, make: MakeEngine | None) -> None:
     """`headrace.engine.process.run_engine`; without make, on the checkpoint of the config."""
+    gc.disable()  # until `settle`: imports make no garbage, and to look for it takes a tenth longer
     from headrace.engine.process import make_engine, run_engine
 
     run_engine(config, address, make or make_engine)
