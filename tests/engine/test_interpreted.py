@@ -44,13 +44,14 @@ class CalledAgain(Graphs):
 
 
 class StagingAsOnGPU(staging.Staging):
-    """Copies into one block, whose other end is the host's memory too."""
+    """The kernel moves from one part of the host's memory to another."""
 
     def __init__(self, capacities: Sequence[int], device: torch.device) -> None:
         num_bytes = staging._starts(capacities)[-1]
         self._device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
         self._block = torch.empty(num_bytes, dtype=torch.uint8)
-        self._hosts = [torch.empty(num_bytes + staging.EXTRA, dtype=torch.uint8) for _ in range(2)]
+        num_bytes += staging.EXTRA
+        self._hosts = [staging._HostBlock(num_bytes, pinned=False) for _ in range(2)]
         self._steps = [MagicMock(), MagicMock()]
 
 

@@ -2,25 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.engine.staging import ALIGNMENT, Staging, _runs, _starts
+from headrace.engine.staging import ALIGNMENT, Staging
 
 ARRAYS = [np.arange(7), np.arange(5, dtype=np.int32), np.arange(12, dtype=np.int32).reshape(4, 3)]
 
 
-def test_neighbours_are_copied_together() -> None:
-    assert _starts([56, 300, 10]) == [0, 256, 768, 1024]
-    assert _runs([0, 256, 768], [56, 300, 10]) == [(0, 778)]
-
-
-def test_unused_capacity_is_not_copied() -> None:
-    starts = _starts([8, 4096, 4096])
-    assert _runs(starts, [8, 16, 32]) == [(0, 272), (4352, 4384)]
-    assert _runs(starts, [0, 16, 0]) == [(256, 272)]
-
-
-def test_on_the_cpu_nothing_is_copied() -> None:
-    tensors = Staging([8, 8, 8], torch.device("cpu")).put(ARRAYS)
+def test_on_the_cpu_nothing_is_copied_but_what_has_its_place() -> None:
+    to = torch.zeros(5, dtype=torch.int64)
+    tensors = Staging([8, 8, 8], torch.device("cpu")).put(ARRAYS, more=[(np.arange(1, 4), to)])
     assert [t.data_ptr() for t in tensors] == [a.ctypes.data for a in ARRAYS]
+    assert to.tolist() == [1, 2, 3, 0, 0]
 
 
 @pytest.mark.gpu
@@ -44,8 +35,8 @@ def test_a_host_that_runs_ahead_overwrites_nothing() -> None:
     found = []
     for step in range(8):
         torch.cuda._sleep(20_000_000)
-        (tensor,) = staging.put([np.full(1 << 17, step)])
-        staging.copy(np.full(5, step, dtype=np.int32), to)
+        few = np.full(5, step, dtype=np.int32)
+        (tensor,) = staging.put([np.full(1 << 17, step)], more=[(few, to)])
         found.append((tensor.clone(), to[:5].clone()))
     for step, copied in enumerate(found):
         assert all((t == step).all() for t in copied), step

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from headrace.ops import attention_kernel, rope_kernel
-from headrace.ops import experts_kernel, linear_kernel, lora_kernel, norm_kernel
+from headrace.ops import experts_kernel, linear_kernel, lora_kernel, move_kernel, norm_kernel
 from headrace.ops import routing_kernel, sampling_kernel, sort_kernel, weighted_sum_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
 
@@ -218,6 +218,8 @@ def all_kernels(capability):
     results["router norm"] = compile_kernel(
         routing_kernel.norm_kernel, capability,
         dict(ROWS=4, residual_ptr=None) | sizes, 16)
+    results["move"] = compile_kernel(move_kernel.move_kernel, capability, dict(BLOCK=1024),
+                                     table="*i64", block="*i32")
     results["rank"] = compile_kernel(sort_kernel.rank_kernel, capability,
                                      dict(CHUNK_SLOTS=64, EXPERTS=128, SLOTS=64))
     results |= attention_kernels(capability)

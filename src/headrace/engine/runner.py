@@ -148,13 +148,12 @@ class Runner:
         lora = None
         if self._lora is not None and slots is not None:
             lora = self._lora.put(slots, len(rows.token_ids), rows.output_rows)
-        staged = self._staging.put(rows.arrays(), capacities)
+        lengths, plans = np.diff(rows.query_start), [plan for plan in self._plans if plan]
+        words = [plan_attention(lengths, rows.seq_lens, p.window, p.shape) for p in plans]
+        more = [(of_plan, plan.words) for of_plan, plan in zip(words, plans, strict=True)]
+        staged = self._staging.put(rows.arrays(), capacities, more)
         token_ids, positions, query_start, seq_lens, output_rows, *groups = staged
         num_groups = len(self._plans)
-        for plan in filter(None, self._plans):
-            lengths = np.diff(rows.query_start)
-            words = plan_attention(lengths, rows.seq_lens, plan.window, plan.shape)
-            self._staging.copy(words, plan.words)
         return Batch(
             token_ids=token_ids,
             positions=positions,

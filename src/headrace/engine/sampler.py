@@ -36,8 +36,11 @@ class Sampler:
         self._counts = TokenCounts(vocab_size, device)
         self._batch: tuple[list[Request], list[bool]] = [], []
         self._inputs = SamplingInputs()  # of that batch, without its random numbers
+        self._last = Download([])  # tokens sampled last
+        self._copies: torch.cuda.Stream | None = None
         self._buffers = None
         if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)
             self._buffers = sampling.sampling_buffers(fresh(device), max_num_seqs, vocab_size)
 
     @torch.inference_mode()
@@ -75,16 +78,18 @@ class Sampler:
                 logits, penalties.rows, self._counts.counts, penalties.slots,
                 penalties.repetition, penalties.frequency, penalties.presence,
             )  # fmt: skip
+        self._last.hold()  # the next tokens are written where they are
         tokens = sampling.sample(logits, inputs.draws, inputs.uniform, out, self._buffers)
         if penalties:
             self._counts.add(penalties.slots, tokens[penalties.rows])
+        self._last = Download([tokens], self._copies)
         if scored is None:
-            return Sampled(tokens)
+            return Sampled(self._last)
         rows = scored.rows
         if of_model is not logits:
             rows = torch.arange(len(rows), device=logits.device)
         scores = compute_scores(of_model, rows, tokens[scored.rows], scored.num_top)
-        return Sampled(tokens, scored.host_rows, scores)
+        return Sampled(self._last, scored.host_rows, scores)
 
     @torch.inference_mode()
     def score(
@@ -142,22 +147,21 @@ def compute_scores(
 
 
 class Sampled:
-    """The tokens of a batch: on the device at once, on the host after `read`."""
+    """The tokens of a batch on their way to the host, and their scores."""
 
     def __init__(
         self,
-        token_ids: Tensor,  # [num_rows] int64
+        token_ids: Download,  # [num_rows] int64
         scored: Sequence[int] = (),  # rows that have scores
         scores: Scores | None = None,
     ) -> None:
-        self.token_ids = token_ids
-        self._download = Download([token_ids])
+        self._token_ids = token_ids
         self._scored = scored
         self._scores = scores
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Wait for the device; a token a row, and its log-probabilities where they are wanted."""
-        [tokens] = self._download.read()
+        [tokens] = self._token_ids.read()
         scores = self._scores.read() if self._scores else []
         of_row = dict(zip(self._scored, scores, strict=True))
         return [(token, of_row.get(row)) for row, token in enumerate(tokens.tolist())]

@@ -1,4 +1,4 @@
-"""Host arrays on their way to the device: pinned blocks in turns, few copies, seldom a wait."""
+"""Host arrays on their way to the device: pinned blocks in turns, one launch, seldom a wait."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes between the starts of two arrays
-EXTRA = 1 << 22  # bytes of the pinned blocks for `copy`: attention plans of 100,000s of tokens
+EXTRA = 1 << 22  # bytes of the pinned blocks for `more`: attention plans of 100,000s of tokens
+MOST_ARRAYS = 32  # of a step
 
 
 class Staging:
     """Puts the arrays of a step on the device.
 
     Arrays with the same capacities get the same addresses, which a captured CUDA graph relies on.
-    Two pinned blocks take turns: while the device still copies a step's block, the host fills the
+    Two pinned blocks take turns: while the device still reads a step's block, the host fills the
     next one, and before the one after that it waits until the first step has ended.
     """
 
@@ -25,48 +26,41 @@ class Staging:
         if device.type != "cpu":
             num_bytes = _starts(capacities)[-1]
             self._block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-            self._hosts = [
-                torch.empty(num_bytes + EXTRA, dtype=torch.uint8, pin_memory=True) for _ in range(2)
-            ]
+            self._hosts = [_HostBlock(num_bytes + EXTRA) for _ in range(2)]
             self._steps = [torch.cuda.Event() for _ in range(2)]  # when each block's step ends
-            self._end = 0
 
     def put(
         self,
         arrays: Sequence[np.ndarray],
         capacities: Sequence[int] | None = None,  # bytes set aside for each, by default its own
+        more: Sequence[tuple[np.ndarray, Tensor]] = (),
     ) -> list[Tensor]:
-        """Begin a step: its arrays as tensors on the device, valid until the next step's."""
+        """Begin a step: its arrays as tensors on the device, valid until the next step's.
+
+        The arrays of `more` are written to the front of their tensors.
+        """
         if self._device.type == "cpu":
+            for array, tensor in more:
+                tensor[: array.size].copy_(torch.from_numpy(array))
             return [torch.from_numpy(array) for array in arrays]
-        host, sizes = self._next_host(), [array.nbytes for array in arrays]
-        capacities = capacities or sizes
+        placed = self._places(arrays, capacities or [array.nbytes for array in arrays])
+        host = self._next_host()
+        host.move([*zip(arrays, placed, strict=True), *more])
+        return placed
+
+    def _places(self, arrays: Sequence[np.ndarray], capacities: Sequence[int]) -> list[Tensor]:
+        """Where the arrays go: tensors on the device that nobody has written yet."""
+        sizes = [array.nbytes for array in arrays]
         fits = all(size <= room for size, room in zip(sizes, capacities, strict=True))
         assert fits, f"{sizes=} {capacities=}"
         starts = _starts(capacities)
-        self._end = starts[-1]
-        assert self._end <= len(self._block), f"{self._end} bytes, {len(self._block)=}"
-        for array, start in zip(arrays, starts, strict=False):
-            _fill(host, start, array)
-        for begin, end in _runs(starts, sizes):
-            self._block[begin:end].copy_(host[begin:end], non_blocking=True)
+        assert starts[-1] <= len(self._block), f"{starts[-1]} bytes, {len(self._block)=}"
         return [
             self._block[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
             for array, start in zip(arrays, starts, strict=False)
         ]
 
-    def copy(self, array: np.ndarray, to: Tensor) -> None:
-        """Copy one more array of the step to the front of a tensor on the device."""
-        if self._device.type == "cpu":
-            to[: array.size].copy_(torch.from_numpy(array))
-            return
-        begin, host = self._end, self._hosts[0]
-        self._end = _starts([begin, array.nbytes])[-1]
-        _fill(host, begin, array)
-        source = host[begin : begin + array.nbytes].view(to.dtype)
-        to[: len(source)].copy_(source, non_blocking=True)
-
-    def _next_host(self) -> Tensor:
+    def _next_host(self) -> _HostBlock:
         """The other pinned block, as soon as the device no longer needs it.
 
         Seldom a wait: only prompts in chunks, of which no token is read, let the host run ahead.
@@ -78,6 +72,28 @@ class Staging:
         return self._hosts[0]
 
 
+class _HostBlock:
+    """Pinned memory that the GPU reads: a table, and the words of arrays."""
+
+    def __init__(self, num_bytes: int, pinned: bool = True) -> None:
+        from headrace.ops.move_kernel import COLUMNS
+
+        self._table = torch.empty(MOST_ARRAYS, COLUMNS, dtype=torch.int64, pin_memory=pinned)
+        self._words = torch.empty(num_bytes // 4, dtype=torch.int32, pin_memory=pinned)
+
+    def move(self, arrays: Sequence[tuple[np.ndarray, Tensor]]) -> None:
+        """Launch what writes each array to the front of its tensor."""
+        from headrace.ops.move_kernel import move
+
+        table, words = self._table.numpy(), self._words.numpy()
+        starts = _starts([array.nbytes for array, _ in arrays])
+        for row, start, (array, tensor) in zip(table, starts, arrays, strict=False):
+            source = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+            words[start // 4 : start // 4 + source.size] = source
+            row[:] = start // 4, tensor.data_ptr(), source.size
+        move(self._table[: len(arrays)], self._words, int(table[: len(arrays), 2].max()))
+
+
 def _starts(capacities: Sequence[int]) -> list[int]:
     """Where each array begins, and where the last one ends."""
     starts = [0]
@@ -86,20 +102,5 @@ def _starts(capacities: Sequence[int]) -> list[int]:
     return starts
 
 
-def _fill(host: Tensor, start: int, array: np.ndarray) -> None:
-    host.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
-
-
 def _dtype(array: np.ndarray) -> torch.dtype:
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
-
-
-def _runs(starts: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Byte ranges to copy: one for neighbours that leave no more than their alignment unused."""
-    runs: list[tuple[int, int]] = []
-    for start, size in zip(starts, sizes, strict=False):
-        if runs and start - runs[-1][1] < ALIGNMENT:
-            runs[-1] = runs[-1][0], start + size
-        elif size:
-            runs.append((start, start + size))
-    return runs

@@ -30,16 +30,31 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 
 class Download:
-    """Tensors on their way to the host; `read` waits for them."""
+    """Tensors on their way to the host; `read` waits for them.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # non-blocking: into pinned memory. A copy on the CPU too: the next step overwrites its
-        # own samples
-        self._tensors = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors]
+    With a stream of its own it holds up nothing that is launched after it: whoever overwrites the
+    tensors calls `hold` before.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
         self._event = None
         if any(tensor.is_cuda for tensor in tensors):
             self._event = torch.cuda.Event()
-            self._event.record()
+        self._source = tensors  # whose memory goes to nobody else meanwhile
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # non-blocking: into pinned memory. A copy on the CPU too: the next step overwrites its
+            # own samples
+            self._tensors = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors]
+            if self._event is not None:
+                self._event.record()
+
+    def hold(self) -> None:
+        """Let the device begin what is launched from now on when it has copied the tensors."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def read(self) -> list[Tensor]:
         """The tensors on the host."""
