@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace.config import EngineConfig
 from headrace.engine.adapters import Adapters, by_adapter
 from headrace.engine.cache_size import cache_memory, memory_for, page_bytes, plan_cache
+from headrace.engine.compilers import Compilers, num_compilers
 from headrace.engine.kv_cache import KVCache
 from headrace.engine.messages import (
     AddRequest,
@@ -59,6 +60,7 @@ class Engine:
         self.config = config
         set_cpu_threads(config.model)
         phases = Phases()
+        compilers = Compilers(num_compilers(config.device))
         with phases("weights"):
             if model:
                 self.model, read_weights = model, lambda: None
@@ -74,7 +76,8 @@ class Engine:
             self.adapters = Adapters(config, self.model)
         self.sampler = Sampler(self.model.config.vocab_size, config.max_num_seqs, device)
         other_bytes = tensor_bytes(device) - blank_bytes
-        warmed = self._read_and_compile(read_weights, phases)
+        with compilers:
+            warmed = self._read_and_compile(read_weights, compilers, phases)
         weight_bytes = tensor_bytes(device) - other_bytes
         with phases("cache"), memory_for("the KV cache", "--kv-cache-memory"):
             self._make_cache()
@@ -103,21 +106,23 @@ class Engine:
         with memory_for(f"a step of {rows} tokens", "--max-num-batched-tokens"):
             self.model.reserve(rows, config.max_num_seqs + MAX_SCORED_ROWS, max_rank)
 
-    def _read_and_compile(self, read_weights: Callable[[], None], phases: Phases) -> WarmUp:
+    def _read_and_compile(
+        self, read_weights: Callable[[], None], compilers: Compilers, phases: Phases
+    ) -> WarmUp:
         """Fill the model, and on a GPU compile the kernels meanwhile."""
         with ThreadPoolExecutor(1) as beside:
             on_gpu = self.model.device.type == "cuda"
-            compiling = beside.submit(self._compile_early) if on_gpu else None
+            compiling = beside.submit(self._compile_early, compilers) if on_gpu else None
             with phases("weights"), memory_for("the checkpoint", "--max-num-batched-tokens"):
                 read_weights()
             with phases("kernels"):
                 return compiling.result() if compiling else WarmUp(0, 0)
 
-    def _compile_early(self) -> WarmUp:
+    def _compile_early(self, compilers: Compilers) -> WarmUp:
         """Warm up with a small cache, while the weights are read."""
         num_pages = [2] * len(self.model.kv_layout.windows)
         runner = Runner(self.model, num_pages, self.config, 1, self.adapters.weights)
-        return warm_up(partial(self._dry_run, runner), self.model.device)
+        return warm_up(partial(self._dry_run, runner), self.model.device, compilers)
 
     def _dry_run(self, runner: Runner) -> None:
         """Launch every kernel of steps, of sampling and of checks, for whoever watches."""

@@ -86,14 +86,16 @@ class Runner:
         sizes, num_groups = graph_sizes(self.max_num_seqs), len(self._plans)
         most_outputs = self.max_num_seqs + MAX_SCORED_ROWS
         chunks = {n - odd for n in doublings(self._max_num_tokens) for odd in (0, 1) if n > odd}
-        for has_lora in {False, self._lora is not None}:
-            for size in sizes:
-                model.forward(self._idle_decode(size, has_lora))
-            for n in sorted(chunks):
-                rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
-                # as many rows of logits as there can be: those of prompts that are scored
-                rows = replace(rows, output_rows=np.arange(min(n, most_outputs)))
+        kinds = {False, self._lora is not None}
+        for n in sorted(chunks, reverse=True):  # the kernels of large steps compile longest
+            rows = FlatRows.idle(1, n, num_groups, -(-n // self.block_size))
+            # as many rows of logits as there can be: those of prompts that are scored
+            rows = replace(rows, output_rows=np.arange(min(n, most_outputs)))
+            for has_lora in kinds:
                 model.forward(self._batch(rows, NO_ADAPTER if has_lora else None))
+        for size in sizes:
+            for has_lora in kinds:
+                model.forward(self._idle_decode(size, has_lora))
 
     def _idle_decode(self, size: int, has_lora: bool) -> Batch:
         rows = FlatRows.idle(size, 1, len(self._plans))

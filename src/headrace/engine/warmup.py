@@ -1,7 +1,7 @@
 """Compile a model's Triton kernels before anybody waits for them, many at once.
 
-Compiled kernels are kept on disk by Triton, so the next start finds them there. Most of a compile
-is LLVM and ptxas, which leave Python's other threads alone: a pool of threads is enough.
+Compiled kernels are kept on disk by Triton, so the next start finds them there. Processes compile
+them, and a pool of threads waits for these and loads the kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from headrace.config import ConfigError
+from headrace.engine.compilers import Compilers
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ class WarmUp:
         return WarmUp(self.num_kernels + other.num_kernels, self.num_compiled + other.num_compiled)
 
 
-def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
+def warm_up(
+    dry_run: Callable[[], object], device: torch.device, compilers: Compilers | None = None
+) -> WarmUp:
     """Compile and load every Triton kernel that dry_run launches; none of them runs.
+
+    Without compilers the threads of this process compile.
 
     All else in dry_run runs as it is, on tensors that no kernel has written: it must not take
     sizes or indices from them. Raises ConfigError if the disk can't hold what is compiled.
@@ -53,7 +58,7 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
             ThreadPoolExecutor(os.cpu_count(), initializer=use_device) as pool,
             counted_compiles() as compiled,
         ):
-            compiling = _compile_mode(pool)
+            compiling = _compile_mode(pool, compilers or Compilers(0), compiled)
             with nothing_launched(), nothing_collected(), compiling:
                 dry_run()
     except OSError as error:
@@ -63,12 +68,13 @@ def warm_up(dry_run: Callable[[], object], device: torch.device) -> WarmUp:
     return WarmUp(len(compiling.future_kernels), sum(compiled))
 
 
-def _compile_mode(pool: ThreadPoolExecutor) -> Any:
-    """While it is entered, kernels are compiled and loaded in the pool."""
+def _compile_mode(pool: ThreadPoolExecutor, compilers: Compilers, compiled: list[bool]) -> Any:
+    """While it is entered, kernels are compiled by the compilers, and loaded in the pool."""
     from triton import AsyncCompileMode
 
-    def load(compile_kernel: Any) -> Any:
-        kernel = compile_kernel()
+    def load(key: str, compile_kernel: Any) -> Any:
+        compiled.append(compilers.compile(key, compile_kernel))
+        kernel = compile_kernel()  # finds it on disk
         _ = kernel.run  # loads it; the first time it runs a C compiler, too
         return kernel
 
@@ -79,7 +85,7 @@ def _compile_mode(pool: ThreadPoolExecutor) -> Any:
             The layers of a model launch the same kernels; without this each launch would work out
             the kernel's key on disk, ten times as long as the rest of it.
             """
-            future = super().submit(key, partial(load, compile_kernel), finish)
+            future = super().submit(key, partial(load, key, compile_kernel), finish)
             finish(future)
             return future
 
