@@ -46,8 +46,12 @@ class Graphs:
         return self._sizes[i] if i < len(self._sizes) else None
 
     def capture(self, size: int, forward: Callable[[], Tensor]) -> None:
-        """Record what `forward` launches; its inputs must keep their addresses."""
-        forward()  # compiles kernels, which a capture may not
+        """Record what `forward` launches; its inputs must keep their addresses.
+
+        A capture may compile and load no kernel: a dry run has done so.
+        """
+        if not self._captured:
+            forward()  # what else is made at a first use; before each it doubled the time
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread, which reads adapters, may use the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
