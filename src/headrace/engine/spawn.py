@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from headrace.config import EngineConfig
+from headrace.files import read_ahead
 
 MakeEngine = Callable[[EngineConfig, Callable[[int, int], None]], Any]
 
 
 def run(config: EngineConfig, address: str, make: MakeEngine | None) -> None:
     """`headrace.engine.process.run_engine`; without make, on the checkpoint of the config."""
+    threading.Thread(target=read_ahead, args=(config.model,), daemon=True).start()
     gc.disable()  # until `settle`: imports make no garbage, and to look for it takes a tenth longer
     from headrace.engine.process import make_engine, run_engine
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from headrace.files import read_ahead
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What the system was asked to read: names and first bytes."""
+    calls: list[tuple[str, int]] = []
+
+    def advise(fd: int, start: int, length: int, advice: int) -> None:
+        assert (length, advice) == (0, os.POSIX_FADV_WILLNEED)
+        calls.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, start))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return calls
+
+
+def test_a_checkpoint_is_read_ahead(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    for name in ("b.safetensors", "a.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"bytes")
+    read_ahead(tmp_path)
+    assert asked == [("a.safetensors", 0), ("b.safetensors", 0)]
+
+
+def test_one_that_memory_does_not_hold_is_not(tmp_path: Path, asked: list[tuple[str, int]]) -> None:
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.truncate(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 + 1)
+    read_ahead(tmp_path)
+    assert not asked
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    read_ahead(tmp_path / "nowhere")
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nothing")
+    read_ahead(tmp_path)
