@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ class Counts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []  # of kernels
         self.allocations: list[str] = []
 
     def __torch_dispatch__(
@@ -101,6 +103,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
     def note(self: Any, *args: Any, **kwargs: Any) -> None:
         counts.launches[self.__name__] += 1
+        counts.calls.append((self.__name__, args, kwargs))
 
     monkeypatch.setattr(InterpretedFunction, "run", note)
     monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
@@ -220,6 +223,17 @@ def test_a_decode_step_with_adapters(counts: Counts, num_seqs: int) -> None:
     launches.subtract(expected(4, MANY_LAYER if num_seqs == MANY else LAYER, STEP))
     assert +launches == expected(4, LORA_LAYER, LORA_STEP)
     assert -launches == Counter()
+
+
+def test_a_shrink_that_does_not_wait_for_x_follows_the_linear_of_x(counts: Counts) -> None:
+    run_step(counts, 4, 16, lora=True)
+    beside = 0
+    for (name, args, _), (_, next_args, next_options) in pairwise(counts.calls):
+        if next_options.get("X_DONE"):
+            beside += 1
+            assert name == "linear_kernel"
+            assert args[0] is next_args[0]
+    assert beside == 4 * 2 + 1  # q, k, v and output of each layer, LM head
 
 
 @pytest.mark.parametrize("kind", SAMPLE)

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
 from headrace.lora.rows import row_arrays
-from headrace.ops import routing_kernel, sort_kernel
+from headrace.ops import dispatch, routing_kernel, sort_kernel
 from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
+from headrace.ops.linear import linear
 from headrace.ops.lora import LoraBuffers, LoraLayer, LoraRows, LoraSite, MoELora
 from headrace.ops.lora_kernel import (
     FEW_ROWS,
@@ -24,6 +28,7 @@ from tests.ops.test_experts_kernel import Weights, errors, routing, run_layer
 gpu = pytest.mark.gpu
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton on a CPU")
 ALIGNMENT = 128
+QKV, OUTPUT = (5120, 2880), (2880, 5120)  # of weights
 
 
 class Adapters:
@@ -102,7 +107,9 @@ def check_rows(out, y, x, adapters, slot_of_row, limit, expert_of_row=None):
 
 
 @interpreted
-@pytest.mark.parametrize("slot_of_row", [[2, -1, 0, 2, 1], [-1, -1], [1] * 18])
+@pytest.mark.parametrize(
+    "slot_of_row", [[2, -1, 0, 2, 1], [-1, -1], [1] * 18, [0, 2, -1, 1, 0] * 7]
+)
 def test_interpreted_dense(slot_of_row, monkeypatch):
     if len(slot_of_row) == 5:
         monkeypatch.setattr("headrace.ops.lora_kernel.MOST_TILES", 1)  # both tiles by one program
@@ -356,10 +363,105 @@ def test_a_dense_row_has_the_same_bits_in_every_batch():
         return add_lora_kernel(y[rows], x[rows], *call, parts)
 
     alone = run(torch.tensor([123], device="cuda"))[0]
-    for size in (2, 5, 16, 17, 64, 100, 128, 129, 500, 1024, 1025, 3000, 4096):
+    for size in (2, 5, 16, 17, 32, 33, 100, 128, 129, 500, 1024, 1025, 3000, 4096):
         rows = torch.randperm(4096, device="cuda")[:size]
         rows[size // 2] = 123
         assert torch.equal(run(rows)[size // 2], alone), size
+
+
+@triton.jit
+def copy_late_kernel(x_ptr, out_ptr, num_values, LET_NEXT_START: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x, 50 us after the next kernel may start."""
+    if LET_NEXT_START:
+        gdc_launch_dependents()
+    start = globaltimer()
+    while globaltimer() - start < 50_000:
+        pass
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < num_values
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=mask), mask=mask)
+
+
+def copy_late(x, out):
+    copy_late_kernel[(triton.cdiv(x.numel(), 1 << 14),)](
+        x, out, x.numel(), LET_NEXT_START=dispatch.is_hopper(x), BLOCK=1 << 14, num_warps=16
+    )
+
+
+class LinearsWithAdapters:
+    """h += W_o qkv' for qkv' = W_qkv x', layer after layer, where ' adds a linear's adapters.
+
+    The layers share their buffers, which are NaN from layer to layer, and x comes late.
+    """
+
+    def __init__(self, num_rows, num_layers):
+        self.xs = torch.randn(num_layers, num_rows, 2880, device="cuda").bfloat16()
+        self.slots = random_slots(num_rows, 3)
+        self.slots[0] = 0
+        self.rows = rows_of(self.slots, 3)
+        self.weights = [
+            [torch.randn(*shape, device="cuda").bfloat16() / 64 for shape in (QKV, OUTPUT)]
+            for _ in range(num_layers)
+        ]
+        self.adapters = [gpu_adapters([[16, 64, 8]] * 3, 2880, (4096, 512, 512)),
+                         gpu_adapters([[16, 64, 8]], 5120, (2880,))]  # fmt: skip
+        self.parts = [low_rank_parts(take("cuda"), n, num_rows, 64) for n in (3, 1)]
+        self.x = torch.empty_like(self.xs[0])
+        self.qkv = self.x.new_empty(num_rows, 5120)
+
+    def run(self, h, after_linear, then=lambda: None):
+        """Change h in place; `then` is called after each launch."""
+        for xs, weights in zip(self.xs, self.weights, strict=True):
+            for buffer in (self.x, self.qkv, *self.parts):
+                buffer.fill_(float("nan"))
+            copy_late(xs, self.x)
+            then()
+            for i, (x, residual, out) in enumerate(((self.x, None, self.qkv), (self.qkv, h, h))):
+                linear(x, weights[i], None, residual, out)
+                then()
+                call = self.adapters[i].site, self.adapters[i].memory, self.rows, self.parts[i]
+                add_lora_kernel(out, x, *call, after_linear)
+                then()
+
+
+@gpu
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 64, 128, 512, 1500])
+def test_early_kernels_read_what_is_there(num_rows):
+    """Kernels that start before the one before has ended, against one at a time."""
+    layers = LinearsWithAdapters(num_rows, 4)
+    start = torch.randn(num_rows, 2880, device="cuda").bfloat16()
+    h, expected = start.clone(), start.clone()
+    layers.run(expected, False, torch.cuda.synchronize)
+    assert expected.isfinite().all()
+    layers.run(h, True)
+    assert torch.equal(h, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h.copy_(start)
+        layers.run(h, True)
+    for replay in range(30):
+        graph.replay()
+        assert torch.equal(h, expected), replay
+
+
+@gpu
+def test_without_a_linear_before_it_x_must_be_awaited():
+    """And a kernel that does not is too early, which the test before would show."""
+    adapters = gpu_adapters([[16, 64, 8]], 2880, (2880,))
+    source = torch.randn(16, 2880, device="cuda").bfloat16()
+    x, slots = torch.empty_like(source), torch.zeros(16, dtype=torch.int32, device="cuda")
+    parts = low_rank_parts(take("cuda"), 1, 16, 64)
+    call = adapters.site, adapters.memory, rows_of(slots, 3), parts
+
+    def run(after_linear):
+        y = torch.zeros_like(source)
+        x.fill_(float("nan"))
+        copy_late(source, x)
+        return add_lora_kernel(y, x, *call, after_linear)
+
+    assert run(False).isfinite().all()  # and the kernels are loaded
+    if dispatch.is_hopper(x):
+        assert run(True).isnan().any()
 
 
 @gpu

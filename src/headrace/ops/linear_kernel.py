@@ -124,7 +124,7 @@ def linear_kernel(
     block_m, block_n = _block_of_tile(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
     if EARLY:
         gdc_wait()
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # not sooner: beside it `add_lora` reads x, without a wait
     if PERSISTENT:
         # flattened: the first loads of a tile are under way while the one before it is stored
         for tile in tl.range(

@@ -136,12 +136,14 @@ class LoraStep:
     def add_to_qkv(self, layer: int, qkv: Tensor, x: Tensor) -> None:
         """To q, k and v side by side, in place, before they turn."""
         site, parts = self.batch.weights.layers[layer].qkv, self.buffers.qkv
-        add_lora(qkv, x, site, self.batch.weights.memory, self.batch.tokens, parts)
+        weights, rows = self.batch.weights, self.batch.tokens
+        add_lora(qkv, x, site, weights.memory, rows, parts, after_linear=True)
 
     def add_to_output(self, layer: int, h: Tensor, x: Tensor) -> None:
         """To what attention adds to the residual stream, in place."""
         site, parts = self.batch.weights.layers[layer].output, self.buffers.tokens
-        add_lora(h, x, site, self.batch.weights.memory, self.batch.tokens, parts)
+        weights, rows = self.batch.weights, self.batch.tokens
+        add_lora(h, x, site, weights.memory, rows, parts, after_linear=True)
 
     def moe(self, layer: int) -> MoELora:
         """What `headrace.ops.moe.moe_layer` takes."""
@@ -151,7 +153,8 @@ class LoraStep:
     def add_to_lm_head(self, logits: Tensor, x: Tensor) -> None:
         """To the logits, in place."""
         weights, parts = self.batch.weights, self.buffers.outputs
-        add_lora(logits, x, weights.lm_head, weights.memory, self.batch.outputs, parts)
+        rows = self.batch.outputs
+        add_lora(logits, x, weights.lm_head, weights.memory, rows, parts, after_linear=True)
 
 
 def lora_buffers(
@@ -175,16 +178,18 @@ def add_lora(
     memory: Tensor,  # LoraWeights.memory
     rows: LoraRows,
     parts: Tensor | None = None,  # of LoraBuffers, on the GPU
+    after_linear: bool = False,
 ) -> Tensor:
     """y += scale (x A^T) B for the rows with an adapter, each segment in its columns.
 
-    Returns y. A row's result does not depend on the rows beside it.
+    Returns y. A row's result does not depend on the rows beside it. after_linear: nothing was
+    launched since the `linear` of this x, so that a GPU may compute x A^T beside it.
     """
     if dispatch.takes_kernel(y):
         from headrace.ops.lora_kernel import add_lora_kernel
 
         parts = own_parts(site, len(x), memory.device) if parts is None else parts
-        return add_lora_kernel(y, x, site, memory, rows, parts)
+        return add_lora_kernel(y, x, site, memory, rows, parts, after_linear)
     for slot, chosen in _rows_of_slots(rows):
         begin = 0
         for segment, width in enumerate(site.widths):

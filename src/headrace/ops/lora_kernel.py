@@ -143,6 +143,7 @@ def shrink_kernel(
     PREFETCH: tl.constexpr,  # bring B into L2, and A while the kernel before is at work
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
     SORT_DONE: tl.constexpr,  # the rows were sorted before that kernel began
+    X_DONE: tl.constexpr,  # so was x written
 ):
     """parts[part, segment, row, r] = sum_k A[r, k] x[row, k] over the k of its slices."""
     block = tl.program_id(0) // SHARES
@@ -150,7 +151,8 @@ def shrink_kernel(
     segment = tl.program_id(1) // RANK_TILES
     rank_tile = tl.program_id(1) % RANK_TILES
     part = tl.program_id(2)
-    if EARLY and not SORT_DONE:  # every program waits, for the next kernel waits for this one only
+    # somewhere every program waits, for the next kernel waits for this one only
+    if EARLY and not SORT_DONE:
         gdc_wait()
         gdc_launch_dependents()
     if EXPERTS:
@@ -169,12 +171,13 @@ def shrink_kernel(
     place = tl.arange(0, BLOCK_R)
     r = rank_tile * ROWS + place
     if EARLY and SORT_DONE:
-        if PREFETCH:  # noqa: SIM102
+        if PREFETCH and not X_DONE:  # noqa: SIM102
             if current < _NO_ADAPTER:
                 rank = tl.load(rank_ptr + current)
                 begin = tl.load(a_ptr + current) + expert.to(tl.int64) * rank * in_features
                 _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, in_features, ROWS)
-        gdc_wait()
+        if not X_DONE:
+            gdc_wait()
         gdc_launch_dependents()
     source = pair // TOP_K if GATHER else row
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features
@@ -202,7 +205,9 @@ def shrink_kernel(
                     k = step + tl.arange(0, BLOCK_K)
                     in_k = k < end_k
                     a = tl.load(a_ptrs + k[None, :], mask=in_rank & in_k[None, :], other=0.0)
-                    x = tl.load(x_ptrs + k[:, None], mask=mine & in_k[:, None], other=0.0)
+                    # past L1, for no wait of this kernel has made x visible to it if X_DONE
+                    mask = mine & in_k[:, None]
+                    x = tl.load(x_ptrs + k[:, None], mask=mask, other=0.0, cache_modifier=".cg")
                     acc = tl.dot(a, x, acc, input_precision="ieee")
                 total += acc
             if WHOLE:
@@ -211,6 +216,8 @@ def shrink_kernel(
         turn += 1
         adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
+    if EARLY and X_DONE:
+        gdc_wait()
 
 
 @triton.jit
@@ -333,8 +340,6 @@ def expand_kernel(
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """y[row, n] += sum_r B[r, n] u[row, r]: one block of rows, some columns of a segment."""
-    if EARLY:
-        gdc_wait()
     segment = tl.program_id(2)
     block = tl.program_id(0)
     if EXPERTS:
@@ -348,10 +353,11 @@ def expand_kernel(
     rank_ptr += segment * num_slots
     scale_ptr += segment * num_slots
     adapter = _adapters_with_rank(slot_of_row_ptr, row, row_mask, rank_ptr)
+    if EARLY:  # so far only what was written before the shrink began
+        gdc_wait()
+        gdc_launch_dependents()
     if tl.min(adapter, 0) == _NO_ADAPTER:
         return
-    if EARLY:
-        gdc_launch_dependents()
     begin, width = _width(segment, WIDTHS)
     width = tl.multiple_of(width, ALIGN)
     tiles = tl.cdiv(width, BLOCK_N)
@@ -411,13 +417,14 @@ class _Work:
     top_k: int = 1  # rows of a token
     gather: bool = True  # x has a row per token, else one per sorted row
     sort_done: bool = True  # before the kernel before began
+    x_done: bool = False  # so was x
 
 
-def _dense_work(rows: LoraRows, site: LoraSite) -> _Work:
+def _dense_work(rows: LoraRows, site: LoraSite, x_done: bool = False) -> _Work:
     num_rows = len(rows.order)
-    block_m = 16 if num_rows <= 128 else 64
+    block_m = 16 if num_rows <= 32 else 32 if num_rows <= 128 else 64
     num_blocks = max_blocks(num_rows, site.rank.shape[1], block_m)
-    return _Work(rows.order, rows.starts, rows.slot_of_row, num_blocks, block_m)
+    return _Work(rows.order, rows.starts, rows.slot_of_row, num_blocks, block_m, x_done=x_done)
 
 
 def _expert_work(
@@ -452,9 +459,14 @@ def add_lora_kernel(
     memory: Tensor,
     rows: LoraRows,
     parts: Tensor,  # from low_rank_parts
+    after_linear: bool = False,
 ) -> Tensor:
-    """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y."""
-    work = _dense_work(rows, site)
+    """y += scale (x A^T) B for the rows with an adapter, in two launches. Returns y.
+
+    after_linear: the launch before is the `linear` of this x. It has waited for x before it lets
+    the next kernel start, so the first launch runs beside it, and the second awaits both.
+    """
+    work = _dense_work(rows, site, after_linear)
     return _expand(y, site, memory, work, _shrink(x, site, memory, work, parts))
 
 
@@ -517,7 +529,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
         SHARES=tile.shares, BLOCK_M=work.block_m, BLOCK_R=64, ROWS=tile.rows, BLOCK_K=tile.block_k,
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
-        EARLY=early, SORT_DONE=work.sort_done,
+        EARLY=early, SORT_DONE=work.sort_done, X_DONE=work.x_done,
         num_warps=4, num_stages=tile.num_stages, launch_pdl=early,
     )  # fmt: skip
     return parts
@@ -574,10 +586,13 @@ class _ShrinkTile:
 
 
 def _shrink_tile(work: _Work, programs_per_block: int, max_rank: int) -> _ShrinkTile:
-    if work.block_m >= 64:
-        return _ShrinkTile(64, 64, 4) if work.experts else _ShrinkTile(64, 128, 3)
     if not work.experts:
-        return _ShrinkTile(16, 256, 3)
+        # The linear beside has 160 KB of an SM's shared memory, 192 from 17 tokens on; this has 60
+        # or 30. us of both, for q, k, v and output (bench/results/h100/lora_ways.csv): 36 at one
+        # token, 41 with BLOCK_K = 256; 50 at 128 tokens, 57 in blocks of 16 rows.
+        return _ShrinkTile(work.block_m, 128 if len(work.order) <= 16 else 64, 3)
+    if work.block_m >= 64:
+        return _ShrinkTile(64, 64, 4)
     num_programs = work.num_blocks * programs_per_block * triton.cdiv(max_rank, 64)
     if num_programs < 132:
         return _ShrinkTile(32, 128, 6)
