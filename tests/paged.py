@@ -85,8 +85,7 @@ class PagedSequences:
         heads = layout.num_heads, layout.num_kv_heads, layout.head_dim
         shape = plan_shape(int(query_lens.sum()), len(rows), *heads)
         plan = empty_plan(shape, layout.windows[group], self.model.device)
-        plan.fill(query_lens, np.array([self.lengths[seq] for seq in rows]))
-        return plan
+        return plan.fill(query_lens, np.array([self.lengths[seq] for seq in rows]))
 
     def _free_passed_pages(self) -> None:
         for group, window in enumerate(self.model.kv_layout.windows):

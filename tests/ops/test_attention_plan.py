@@ -172,3 +172,14 @@ def test_too_many_rows_are_refused() -> None:
 def test_heads_that_do_not_fit_are_refused(heads: int, kv_heads: int) -> None:
     with pytest.raises(ValueError, match=f"{heads} heads on {kv_heads} KV heads"):
         plan_shape(16, 2, heads, kv_heads, 64)
+
+
+@pytest.mark.parametrize(("num_heads", "rows"), [(64, 16), (8, 16), (160, 32)])
+def test_single_rows_have_tiles_of_one_token(num_heads: int, rows: int) -> None:
+    plan = ap.empty_plan(plan_shape(64, 8, num_heads, 8, 16, max_part_rows=16), 0, "cpu")
+    for query_lens in ([1], [1, 1, 0]):
+        single = plan.for_rows(np.array(query_lens))
+        assert single.tile == replace(plan.shape.tile, rows=rows, num_stages=3)
+        assert single.words is plan.words
+    for query_lens in ([2], [1, 64, 1]):
+        assert plan.for_rows(np.array(query_lens)).tile == plan.shape.tile

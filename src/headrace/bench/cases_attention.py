@@ -158,9 +158,9 @@ def random_calls(problem: Attention, device: torch.device) -> Calls:
     if device.type == "cuda":
         num_sms = dispatch.gpu_limits(table.device.index).num_sms
     shape = plan_shape(num_tokens, problem.num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, num_sms)
-    plan = empty_plan(shape, problem.window, device)
     ones = np.ones(problem.num_seqs, np.int64)
-    plan.fill(problem.query_len * ones, problem.context * ones)
+    plan = empty_plan(shape, problem.window, device)
+    plan = plan.fill(problem.query_len * ones, problem.context * ones)
     starts = torch.arange(problem.num_seqs + 1, dtype=torch.int32, device=device)
     return Calls(
         problem,

@@ -162,7 +162,7 @@ class Runner:
             query_start=query_start,
             seq_lens=seq_lens,
             groups=tuple(
-                KVGroup(table.T, slots, window, plan)
+                KVGroup(table.T, slots, window, plan and plan.for_rows(lengths))
                 for slots, table, window, plan in zip(
                     groups[:num_groups],
                     groups[num_groups:],

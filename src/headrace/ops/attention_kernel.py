@@ -4,12 +4,13 @@
 A row's bits depend on its own position and keys alone. Its keys are taken in blocks from position
 0 on, the blocks of a split by online softmax, the splits merged in rising order by one formula. A
 program walks all splits of a tile, or several take one split each and the last to arrive merges
-them: both run the same instructions on a tile of the same size, a chunk of a prompt and a decode
-row too.
+them: both run the same instructions.
 
 The rows, tokens times the heads that share a KV head, are the tall side of both products: their
-softmax stays within four threads, and the probabilities reach the second product in registers. A
-decode row fills an eighth of a tile of 64 rows; what is read from memory is the same.
+softmax stays within four threads, and the probabilities reach the second product in registers. In
+a step of single rows, which would fill an eighth of such a tile, the keys are the tall side. The
+bits are the same: maxima have no order, each product is one chain of sums along the head or the
+keys, and the sum of the probabilities is such a product, with ones.
 """
 
 from __future__ import annotations
@@ -72,6 +73,45 @@ def _merge_weights(m, split_m):
 def _merge(x, weight, split_x, split_weight):
     """x weight + split_x split_weight, rounded alike wherever the compiler puts it."""
     return tl.fma(x, weight, split_x * split_weight)
+
+
+@triton.jit
+def _across(x, KEYS_TALL: tl.constexpr):
+    """A value of each row, [ROWS], as it meets a tile: [ROWS, 1]; if the keys are tall, [1, ROWS].
+
+    With `not KEYS_TALL`, a value of each key or of each element of a head.
+    """
+    if KEYS_TALL:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def _dot(rows, other, acc, KEYS_TALL: tl.constexpr):
+    """rows other + acc, [ROWS, n]; if the keys are tall, all but `other` are transposed."""
+    if KEYS_TALL:
+        return tl.dot(tl.trans(other), rows, acc, input_precision="ieee")
+    else:
+        return tl.dot(rows, other, acc, input_precision="ieee")
+
+
+@triton.jit
+def _row_sums(sums, KEYS_TALL: tl.constexpr):
+    """A row's equal sums as they are carried on, [ROWS]; if the keys are tall all, [n, ROWS]."""
+    if KEYS_TALL:
+        return sums  # to take one, the warps would have to meet
+    else:
+        return tl.max(sums, 1)
+
+
+@triton.jit
+def _merge_split(m, total, acc, split_m, split_sums, split_acc, KEYS_TALL: tl.constexpr):
+    """Maxima, sums of probabilities and of values of a tile's rows, with those of one split."""
+    m, weight, split_weight = _merge_weights(m, split_m)
+    total = _merge(total, weight, _row_sums(split_sums, KEYS_TALL), split_weight)
+    weight, split_weight = _across(weight, KEYS_TALL), _across(split_weight, KEYS_TALL)
+    return m, total, _merge(acc, weight, split_acc, split_weight)
 
 
 @triton.jit
@@ -207,14 +247,18 @@ def attention_kernel(
     WINDOWED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    KEYS_TALL: tl.constexpr,  # the tall side of both products; then items have one token
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """Scores in powers of two, so that exp2 does: exp(scale q.k) = exp2(scale_log2 q.k)."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     TOKEN: tl.constexpr = NUM_KV_HEADS * HEAD_DIM  # elements of a token in the cache
+    # Sums of a row's probabilities, all equal: so many fill the smallest product.
+    SUMS: tl.constexpr = HEAD_DIM if KEYS_TALL else 8
     if EARLY:
         gdc_launch_dependents()
     column = tl.arange(0, HEAD_DIM)[None, :]
+    dim = _across(tl.arange(0, HEAD_DIM), not KEYS_TALL)
     num_work = tl.load(words_ptr) * NUM_KV_HEADS
     # disable_licm: what only the end of an item needs must not lie in registers through its loop
     for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
@@ -242,13 +286,14 @@ def attention_kernel(
             gdc_wait()
 
         row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
-        q_ptrs = q_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
-        q = tl.load(q_ptrs, mask=mask[:, None], other=0.0)
-        total = tl.where(whole, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        row_place = _across(row, KEYS_TALL) * HEAD_DIM + dim
+        q_ptrs = q_ptr + start * HEAD_DIM + row_place
+        q = tl.load(q_ptrs, mask=_across(mask, KEYS_TALL), other=0.0)
         split_m = tl.full([ROWS], float("-inf"), tl.float32)
-        split_total = tl.zeros([ROWS], tl.float32)
-        split_acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        split_sums = tl.zeros([SUMS, ROWS] if KEYS_TALL else [ROWS, SUMS], tl.float32)
+        split_acc = tl.zeros(q.shape, tl.float32)
+        total = _row_sums(split_sums, KEYS_TALL) + tl.where(whole, 1.0, 0.0)
+        acc = split_acc
 
         for block in range(first_block, end_block):
             key = block * KEYS + tl.arange(0, KEYS)
@@ -261,50 +306,53 @@ def attention_kernel(
             v = tl.load(k_ptr + value_offset + column + place, mask=key_mask[:, None], other=0.0)
             # ready when the next keys are asked for
             pages = _load_pages(table_row_ptr, block_stride, block + 1, end_key, PAGE, KEYS)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = _dot(q, tl.trans(k), None, KEYS_TALL)
+            seen_by, seen = _across(row_position, KEYS_TALL), _across(key, not KEYS_TALL)
             if WINDOWED:
                 # one comparison: the age of a key ahead of the row is a huge unsigned number
-                age = (row_position[:, None] - key[None, :]).to(tl.uint32, bitcast=True)
+                age = (seen_by - seen).to(tl.uint32, bitcast=True)
                 scores = tl.where(age < window.to(tl.uint32), scores, float("-inf"))
             elif (block + 1) * KEYS > position + 1:
-                scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
-            row_max = tl.max(scores, 1) * scale_log2
+                scores = tl.where(seen <= seen_by, scores, float("-inf"))
+            row_max = tl.max(scores, 0 if KEYS_TALL else 1) * scale_log2
             new_m = tl.maximum(split_m, row_max)
             alpha = tl.exp2(split_m - _finite(new_m))
             if not WINDOWED:  # noqa: SIM102 (a window is one split; Triton would evaluate both)
                 # Here and not where a split ends, so that its last product runs on until now; of
                 # the first block's empty predecessor, the merge changes nothing.
                 if _is_cut(block * KEYS):
-                    m, weight, split_weight = _merge_weights(m, split_m)
-                    total = _merge(total, weight, split_total, split_weight)
-                    acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
+                    m, total, acc = _merge_split(
+                        m, total, acc, split_m, split_sums, split_acc, KEYS_TALL
+                    )
                     new_m = row_max
                     alpha = tl.zeros([ROWS], tl.float32)
             split_m = new_m
-            p = tl.exp2(scores * scale_log2 - _finite(new_m)[:, None])
-            split_total = split_total * alpha + tl.sum(p, 1)
-            split_acc *= alpha[:, None]
-            split_acc = tl.dot(p.to(v.dtype), v, split_acc, input_precision="ieee")
-        m, weight, split_weight = _merge_weights(m, split_m)
-        total = _merge(total, weight, split_total, split_weight)
-        acc = _merge(acc, weight[:, None], split_acc, split_weight[:, None])
+            p = tl.exp2(scores * scale_log2 - _across(_finite(new_m), KEYS_TALL)).to(v.dtype)
+            split_sums *= _across(alpha, KEYS_TALL)
+            split_acc *= _across(alpha, KEYS_TALL)
+            split_acc = _dot(p, v, split_acc, KEYS_TALL)
+            ones = tl.full([KEYS, SUMS], 1.0, v.dtype)
+            split_sums = _dot(p, ones, split_sums, KEYS_TALL)
+        m, total, acc = _merge_split(m, total, acc, split_m, split_sums, split_acc, KEYS_TALL)
 
         # fields are loaded again rather than held in registers through the loop
         num_tokens = tl.load(item_ptr + _NUM_TOKENS)
         row, mask = _row_offsets(num_tokens, NUM_HEADS, GROUP, ROWS)
+        row_place = _across(row, KEYS_TALL) * HEAD_DIM + dim
+        tile_mask = _across(mask, KEYS_TALL)
         parts = 1 if WINDOWED else tl.load(item_ptr + _PARTS)
         if parts == 1:
             start = tl.load(item_ptr + _ROW).to(tl.int64) * NUM_HEADS + kv_head * GROUP
-            out_ptrs = out_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
-            out = _normalize(acc, total[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptrs, out, mask=mask[:, None])
+            out = _normalize(acc, total if KEYS_TALL else total[:, None])
+            out_ptrs = out_ptr + start * HEAD_DIM + row_place
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=tile_mask)
         else:
             part_row = tl.load(item_ptr + _PART_ROW)
             start = part_row.to(tl.int64) * NUM_HEADS + kv_head * GROUP
             tl.store(part_m_ptr + start + row, m, mask=mask)
-            tl.store(part_total_ptr + start + row, total, mask=mask)
-            acc_ptrs = part_acc_ptr + start * HEAD_DIM + row[:, None] * HEAD_DIM + column
-            tl.store(acc_ptrs, acc, mask=mask[:, None])
+            row_total = tl.max(total, 0) if KEYS_TALL else total
+            tl.store(part_total_ptr + start + row, row_total, mask=mask)
+            tl.store(part_acc_ptr + start * HEAD_DIM + row_place, acc, mask=tile_mask)
             counter = counters_start + tl.load(item_ptr + _COUNTER) * NUM_KV_HEADS + kv_head
             if arrive(words_ptr + counter, parts):
                 _combine_parts(
@@ -330,7 +378,7 @@ def paged_attention(
         ValueError: a shape, dtype or stride that the kernel does not take.
     """
     _check(q, kv_cache, block_table, sinks, scale, plan, out)
-    shape, tile = plan.shape, plan.shape.tile
+    shape, tile = plan.shape, plan.tile
     page, num_kv_heads, head_dim = kv_cache.shape[2:]
     group = shape.num_heads // num_kv_heads
     early = dispatch.is_hopper(q)
@@ -341,7 +389,7 @@ def paged_attention(
         plan.window,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=triton.next_power_of_2(group),
         HEAD_DIM=head_dim, PAGE=page, WINDOWED=plan.window > 0, ROWS=tile.rows, KEYS=tile.keys,
-        EARLY=early,
+        KEYS_TALL=plan.single_rows, EARLY=early,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         maxnreg=tile.max_registers, launch_pdl=early,
     )  # fmt: skip
