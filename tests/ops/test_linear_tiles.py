@@ -37,3 +37,10 @@ def test_tma_only_where_it_can_read():
 
 def test_no_tma_for_tiles_that_are_mostly_zeros():
     assert not choose(LinearProblem(1, 5120, 2880)).tma  # 40 rows of 64
+
+
+def test_programs_go_on_to_other_tiles_only_where_there_are_more_than_sms():
+    one_each = choose(LinearProblem(512, 2880, 4096))
+    assert (one_each.block_m, one_each.programs, one_each.num_stages) == (128, 0, 6)
+    assert choose(LinearProblem(1024, 2880, 4096)).programs == 132
+    assert choose(LinearProblem(512, 5120, 2880)).block_m == 256
