@@ -52,9 +52,11 @@ STEP = {
     "rms_norm_kernel": 2,  # before the first layer; of the rows that have logits
     "linear_kernel": 1,  # LM head
 }
-# What adapters add, however many: x A^T is a launch of its own, and so is its product with B
-# beside q, k, v and the output; for the experts it is in their matmuls, for the router in its own.
-LORA_LAYER = {"shrink_kernel": 4, "expand_kernel": 2}
+# What adapters add, however many: beside q, k, v and the output x A^T is a launch of its own, and
+# so is its product with B; the router's and the experts' launches compute both.
+LORA_LAYER = {"shrink_kernel": 2, "expand_kernel": 2}
+MOST = 257  # tokens: from here on x A^T of the experts is a launch of its own, too
+MOST_LORA_LAYER = {"shrink_kernel": 4, "expand_kernel": 2}
 LORA_STEP = {
     "embedding_shrink_kernel": 1,
     "shrink_kernel": 1,  # LM head
@@ -217,11 +219,12 @@ def test_a_step_of_many_tokens(counts: Counts) -> None:
     assert run_step(counts, 4, MANY) == expected(4, MANY_LAYER, STEP)
 
 
-@pytest.mark.parametrize("num_seqs", [*BATCHES, MANY])
+@pytest.mark.parametrize("num_seqs", [*BATCHES, MANY, MOST - 1, MOST])
 def test_a_decode_step_with_adapters(counts: Counts, num_seqs: int) -> None:
     launches = run_step(counts, 4, num_seqs, lora=True)
-    launches.subtract(expected(4, MANY_LAYER if num_seqs == MANY else LAYER, STEP))
-    assert +launches == expected(4, LORA_LAYER, LORA_STEP)
+    launches.subtract(expected(4, MANY_LAYER if num_seqs >= MANY else LAYER, STEP))
+    added = MOST_LORA_LAYER if num_seqs >= MOST else LORA_LAYER
+    assert +launches == expected(4, added, LORA_STEP)
     assert -launches == Counter()
 
 

@@ -16,7 +16,10 @@ SCRIPT = """
 import json, re, subprocess
 import torch, triton
 from triton.compiler.compiler import CompiledKernel
+from headrace.bench import cases_lora
 from headrace.ops.experts import Experts
+from headrace.ops.lora import LoraBuffers, MoELora
+from headrace.ops.lora_kernel import FEW_ROWS
 from headrace.ops.moe import MoEWeights, own_buffers
 from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder
@@ -65,12 +68,23 @@ def note(kernel):
         })
 
 CompiledKernel._init_handles = note
-tokens = [1 << i for i in range(14)]
-tiles = {choose(Problem(m * TOP_K, experts)) for m in tokens for experts in (32, 128)}
-for choice in tiles:
+
+def tiles(most_tokens):
+    tokens = [1 << i for i in range(14) if 1 << i <= most_tokens]
+    return {choose(Problem(m * TOP_K, experts)) for m in tokens for experts in (32, 128)}
+
+for choice in tiles(8192):
     buffers = own_buffers(len(h), layer, "cpu", choice)
     gate_up_matmul(layer, buffers)
     down_matmul(layer, buffers)
+cases_lora.NUM_EXPERTS = 2
+adapters = cases_lora.random_adapters(2, 64, torch.device("cpu"))
+rows = cases_lora.rows_of(torch.zeros(len(h)), 2, torch.device("cpu"))
+lora = MoELora(adapters.layer, adapters.memory, rows, LoraBuffers())
+for choice in tiles(FEW_ROWS // TOP_K):
+    buffers = own_buffers(len(h), layer, "cpu", choice)
+    gate_up_matmul(layer, buffers, lora)
+    down_matmul(layer, buffers, lora)
 print(json.dumps(kernels))
 """
 
@@ -81,6 +95,13 @@ def test_every_tile_keeps_its_matrix_instructions_under_way(tmp_path: Path) -> N
     assert process.returncode == 0, process.stderr[-3000:]
     kernels = json.loads(process.stdout.splitlines()[-1])
     assert len(kernels) >= 10
+    with_adapters = [kernel for kernel in kernels if kernel["constants"]["LORA"]]
+    assert len(with_adapters) >= 6
+    for kernel in with_adapters:
+        if kernel["constants"]["WIDTHS"][-1] == 16 and kernel["constants"]["BLOCK_N"] == 64:
+            # five programs on an SM, so that some work while others wait for x A^T
+            assert kernel["registers"] * kernel["warps"] * 32 * 5 <= 65536, kernel
+            assert (kernel["shared"] + RESERVED) * 5 <= SM_MEMORY, kernel
     for kernel in kernels:
         assert not kernel["serialized"], kernel
         assert kernel["stack"] == 0, kernel

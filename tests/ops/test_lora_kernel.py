@@ -19,6 +19,7 @@ from headrace.ops.lora_kernel import (
     add_lora_embedding_kernel,
     add_lora_kernel,
     low_rank_parts,
+    pair_parts,
     shrink_experts,
 )
 from headrace.ops.mxfp4_kernel import RowOrder
@@ -271,7 +272,7 @@ class LayerAdapters:
     def run(self, x, ids, weights, slot_of_token, tiles, biases, kernel_weights):
         def shrink(matmul, x, slots):
             adapters = self.matmuls[matmul]
-            parts = low_rank_parts(take(x.device), 1, ids.numel(), self.max_rank)
+            parts = pair_parts(take(x.device), ids.numel(), self.max_rank)
             return shrink_experts(
                 x, adapters.site, adapters.memory, slot_of_token.int(), slots,
                 tiles.gate_up.block_m, ids.shape[1], matmul == 0, parts,
@@ -591,7 +592,7 @@ def check_dense_experts(num_tokens, top_k, num_experts, ranks, out_features=1408
         num_tokens, in_features, num_experts, top_k, 16, x.dtype, "cuda"
     )
     sort = sort_kernel.sort(ids, range(num_experts), buffers, 16)
-    parts = low_rank_parts(take("cuda"), 1, ids.numel(), max(ranks))
+    parts = pair_parts(take("cuda"), ids.numel(), max(ranks))
     low_rank = shrink_experts(
         x, adapters.site, adapters.memory, slots, sort, 16, top_k, True, parts
     )

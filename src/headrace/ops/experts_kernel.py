@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops import dispatch
 from headrace.ops.experts import Activation
+from headrace.ops.lora_experts_kernel import shrink_block, shrink_programs, wait_for_shrink
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder, decode_tile
 from headrace.ops.routing import SortedSlots
@@ -156,6 +157,8 @@ def _block_of_rows(
     out_ptr,
     slots_ptr,
     slot_weights_ptr,
+    blocks_ptr,
+    block,
     expert,
     first_row,
     end_row,
@@ -167,12 +170,11 @@ def _block_of_rows(
     alpha,
     limit,
     slot_of_token_ptr,
-    parts_ptr,
+    u_ptr,
     memory_ptr,
     b_ptr,
     rank_ptr,
     scale_ptr,
-    part_stride,
     max_rank,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -185,8 +187,8 @@ def _block_of_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LORA: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SHRINKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """What grouped_matmul_kernel does, for BLOCK_M sorted rows or fewer of one expert."""
@@ -222,9 +224,11 @@ def _block_of_rows(
         gdc_launch_dependents()
     if LORA:
         column = n if ROW_ORDER == 2 else tile_row
+        if SHRINKS > 0:
+            wait_for_shrink(blocks_ptr, block, adapter, SHRINKS, GATHER)
         acc = add_low_rank(
-            acc, adapter, slot, column, expert, parts_ptr, part_stride, max_rank, memory_ptr,
-            b_ptr, rank_ptr, scale_ptr, out_features, NUM_PARTS, BLOCK_R, ROW_ORDER == 1,
+            acc, adapter, slot, column, expert, u_ptr, 0, max_rank, memory_ptr, b_ptr, rank_ptr,
+            scale_ptr, out_features, 1, BLOCK_R, ROW_ORDER == 1, SHRINKS > 0,
         )  # fmt: skip
     if BLOCK_M > 64:
         bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
@@ -257,7 +261,7 @@ def grouped_matmul_kernel(
     bias_ptr,  # [num_experts, out_features]
     out_ptr,  # [num_slots, out columns]
     slots_ptr,  # [num_slots] int32: slot (token * TOP_K + k) of each sorted row
-    blocks_ptr,  # [num_blocks, 4] int32: expert (-1: none), first row, end row
+    blocks_ptr,  # [num_blocks, 4] int32: expert (-1: none), first row, end row, arrivals
     slot_weights_ptr,  # [num_slots] float32
     num_blocks,
     out_features,
@@ -268,12 +272,14 @@ def grouped_matmul_kernel(
     limit,
     # adapters, if LORA
     slot_of_token_ptr,  # [num_tokens] int32: the adapter of each token
-    parts_ptr,  # [NUM_PARTS, 1, num_slots, max_rank] float32
+    u_ptr,  # [1, 1, num_slots, max_rank]
+    sums_ptr,  # of shrink_block
+    sums_stride,
     memory_ptr,
-    b_ptr,  # [1, adapters] int64, and so the next two
+    a_ptr,  # [1, adapters] int64, and so the next three
+    b_ptr,
     rank_ptr,
     scale_ptr,
-    part_stride,
     max_rank,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,  # x has one row per token, else one per sorted row
@@ -287,8 +293,8 @@ def grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,  # blocks of rows that share a weight tile while it is in L2
     LORA: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SHRINKS: tl.constexpr,  # programs of a block that fill u, before all others; 0: it is filled
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
@@ -296,7 +302,18 @@ def grouped_matmul_kernel(
     One block of rows, BLOCK_N of n.
     """
     programs_n = tl.cdiv(out_features, BLOCK_N)
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) - num_blocks * SHRINKS
+    if SHRINKS > 0:  # noqa: SIM102 (Triton would evaluate both sides of an `and`)
+        if pid < 0:
+            if EARLY:
+                gdc_wait()
+                gdc_launch_dependents()
+            shrink_block(
+                x_ptr, slots_ptr, blocks_ptr, slot_of_token_ptr, u_ptr, sums_ptr, sums_stride,
+                memory_ptr, a_ptr, rank_ptr, scale_ptr, in_features, max_rank, TOP_K, GATHER,
+                WIDTHS[len(WIDTHS) - 1], SHRINKS,
+            )  # fmt: skip
+            return
     group = pid // (programs_n * GROUP_M)
     group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
     in_group = pid - group * programs_n * GROUP_M
@@ -313,11 +330,11 @@ def grouped_matmul_kernel(
             if (rows > WIDTHS[i - 1]) & (rows <= WIDTHS[i]):
                 _block_of_rows(
                     x_ptr, weight_ptr, scales_ptr, bias_ptr, out_ptr, slots_ptr, slot_weights_ptr,
-                    expert, first_row, end_row, pid_n, out_features, in_features, out_stride,
-                    weight_factor, alpha, limit, slot_of_token_ptr, parts_ptr, memory_ptr, b_ptr,
-                    rank_ptr, scale_ptr, part_stride, max_rank, TOP_K, GATHER, SCATTER, ACTIVATION,
-                    ROW_ORDER, MXFP4, PTX, WIDTHS[i], BLOCK_N, BLOCK_K, LORA, NUM_PARTS, BLOCK_R,
-                    EARLY,
+                    blocks_ptr, block, expert, first_row, end_row, pid_n, out_features,
+                    in_features, out_stride, weight_factor, alpha, limit, slot_of_token_ptr, u_ptr,
+                    memory_ptr, b_ptr, rank_ptr, scale_ptr, max_rank, TOP_K, GATHER, SCATTER,
+                    ACTIVATION, ROW_ORDER, MXFP4, PTX, WIDTHS[i], BLOCK_N, BLOCK_K, LORA, BLOCK_R,
+                    SHRINKS, EARLY,
                 )  # fmt: skip
 
 
@@ -338,7 +355,8 @@ def grouped_matmul(
 ) -> Tensor:
     """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
 
-    delta is what `low_rank` adds, from `shrink_experts` of the same x and slots.
+    delta is what `low_rank` adds, from `shrink_experts` of the same x and slots. For few rows this
+    launch computes u too: then it may be called once with gather and once without after each sort.
 
     With gather, x has a row per token; otherwise a row per sorted slot, as a first call wrote it.
     """
@@ -353,7 +371,11 @@ def grouped_matmul(
         values, scales, factor = weight.values, bias, 1.0  # scales unused
     early = dispatch.is_hopper(x)
     num_blocks = slots.blocks.shape[0]
-    grid = (num_blocks * triton.cdiv(weight.out_features, tile.block_n),)
+    shrinks = shrink_programs(low_rank)
+    # five programs of 96 registers on an SM: 98.5 us a layer at 4 tokens, 104 with four of 120
+    # (bench/results/h100/lora_ways.csv)
+    few = early and shrinks and (tile.block_m, tile.block_n) == (16, 64)
+    grid = (num_blocks * (shrinks + triton.cdiv(weight.out_features, tile.block_n)),)
     grouped_matmul_kernel[grid](
         x,
         values,
@@ -383,9 +405,10 @@ def grouped_matmul(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         LORA=low_rank is not None,
-        NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
-        BLOCK_R=0 if low_rank is None else rank_tile(low_rank.parts, tile.block_m),
+        BLOCK_R=0 if low_rank is None else rank_tile(low_rank.u, tile.block_m),
+        SHRINKS=shrinks,
         EARLY=early,
+        maxnreg=96 if few else None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=early,
@@ -398,11 +421,11 @@ Arguments = tuple[Tensor | int | None, ...]
 
 def _low_rank_arguments(low_rank: LowRank | None) -> Arguments:
     if low_rank is None:
-        return (None,) * 8
-    site, parts = low_rank.site, low_rank.parts
+        return (None,) * 10
+    site, u, sums = low_rank.site, low_rank.u, low_rank.sums
     return (
-        low_rank.slot_of_token, parts, low_rank.memory, site.b, site.rank, site.scale,
-        parts.stride(0), parts.shape[3],
+        low_rank.slot_of_token, u, sums, 0 if sums is None else sums.stride(0), low_rank.memory,
+        site.a, site.b, site.rank, site.scale, u.shape[3],
     )  # fmt: skip
 
 
@@ -436,8 +459,8 @@ def _check(
 
 
 def _check_low_rank(low_rank: LowRank, weight: KernelWeight, num_slots: int) -> None:
-    site, parts = low_rank.site, low_rank.parts
-    found = (site.in_features, site.widths, site.num_experts, parts.shape[2])
+    site = low_rank.site
+    found = (site.in_features, site.widths, site.num_experts, low_rank.u.shape[2])
     wanted = (weight.in_features, (weight.out_features,), weight.num_experts, num_slots)
     if found != wanted:
         raise ValueError(

@@ -90,14 +90,14 @@ class LoraRows:
 
 @dataclass(frozen=True)
 class LoraBuffers:
-    """Where the GPU keeps x A^T, in parts: float32, [num_parts, num_segments, num_rows, max_rank].
+    """Where the GPU keeps x A^T: float32, [num_parts, num_segments, num_rows, max_rank].
 
     All layers of a step may share it, and with it all of their sites. The CPU needs none.
     """
 
     tokens: Tensor | None = None  # one segment, a row per token
     qkv: Tensor | None = None  # three segments
-    pairs: Tensor | None = None  # a row per (token, expert) pair
+    pairs: Tensor | None = None  # a row per (token, expert) pair, from pair_parts
     outputs: Tensor | None = None  # a row per row of logits
 
 
@@ -161,12 +161,12 @@ def lora_buffers(
     take: Take, num_tokens: int, num_outputs: int, top_k: int, max_rank: int
 ) -> LoraBuffers:
     """Buffers of a step on the GPU."""
-    from headrace.ops.lora_kernel import low_rank_parts
+    from headrace.ops.lora_kernel import low_rank_parts, pair_parts
 
     return LoraBuffers(
         tokens=low_rank_parts(take, 1, num_tokens, max_rank),
         qkv=low_rank_parts(take, 3, num_tokens, max_rank),
-        pairs=low_rank_parts(take, 1, num_tokens * top_k, max_rank),
+        pairs=pair_parts(take, num_tokens * top_k, max_rank),
         outputs=low_rank_parts(take, 1, num_outputs, max_rank),
     )
 

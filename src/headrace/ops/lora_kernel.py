@@ -3,9 +3,10 @@
 
 The first is `shrink_kernel`, for dense layers and for experts. The second is, for experts, the last
 step of the base matmul (`grouped_matmul` with a `LowRank`, by `add_low_rank` here), and for dense
-layers `expand_kernel`. The router's kernel does both itself (`add_low_rank_at_once`). A program
-finds the adapters of its rows itself and takes each at its own rank, so that the grid, and with it
-a captured CUDA graph, does not depend on who is in the batch.
+layers `expand_kernel`. For few rows of experts the base matmul does both (`lora_experts_kernel`),
+and the router's kernel always does (`add_low_rank_at_once`). A program finds the adapters of its
+rows itself and takes each at its own rank, so that the grid, and with it a captured CUDA graph,
+does not depend on who is in the batch.
 
 One instruction kind and one order over K and over the rank, whatever the batch: rows of other
 adapters count as zeros in a product, which leaves a sum as it is.
@@ -30,27 +31,35 @@ from headrace.ops.prefetch_kernel import prefetch
 from headrace.ops.routing import SortedSlots, max_blocks
 
 NUM_SLICES = 4  # of K: each is summed on its own, then they are added in order
+_SLICES = tl.constexpr(NUM_SLICES)
 FEW_ROWS = 1024  # up to so many rows, each slice has a program of its own
 FEW_BLOCKS = 32  # up to so many blocks, the factors B of all fit into L2 beside other things
 DENSE_BLOCK_N = 64
 MOST_TILES = 264  # programs that share the columns of a block of rows: two an SM
-_NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
+NO_ADAPTER = tl.constexpr(1 << 30)  # above every slot: the smallest of a block's slots comes next
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What adapters add beside a base matmul: scale (x A^T), still in parts, and where B is."""
+    """What adapters add beside a base matmul of experts: u = scale (x A^T), and where B is."""
 
     site: LoraSite
     memory: Tensor  # LoraWeights.memory
     slot_of_token: Tensor  # [num_tokens] int32, -1: none
-    parts: Tensor  # [num_parts, num_segments, num_rows, max_rank] float32; if one: u itself
+    u: Tensor  # [1, 1, num_pairs, max_rank] in x's dtype
+    sums: Tensor | None  # [NUM_SLICES, 1, num_pairs, max_rank] float32; None: u is filled already
 
 
 def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
-    """The buffer of x A^T: num_rows tokens, or (token, expert) pairs."""
+    """The buffer of x A^T: the sums of slices of K, or for many rows u in the first part."""
     num_parts = NUM_SLICES if num_rows <= FEW_ROWS else 1
     return take((num_parts, num_segments, num_rows, max_rank), torch.float32)
+
+
+def pair_parts(take: Take, num_pairs: int, max_rank: int) -> Tensor:
+    """The same for (token, expert) pairs: u in the first part; for few pairs, then the sums."""
+    num_parts = 1 + NUM_SLICES if num_pairs <= FEW_ROWS else 1
+    return take((num_parts, 1, num_pairs, max_rank), torch.float32)
 
 
 @triton.jit
@@ -76,17 +85,17 @@ def _block_of_adapters(starts_ptr, block, num_slots, SLOTS: tl.constexpr, BLOCK_
 
 @triton.jit
 def adapters_of_rows(slot_of_token_ptr, token, mask):
-    """Slot of each row's adapter, or _NO_ADAPTER."""
+    """Slot of each row's adapter, or NO_ADAPTER."""
     slot = tl.load(slot_of_token_ptr + token, mask=mask, other=-1)
-    return tl.where(slot < 0, _NO_ADAPTER, slot)
+    return tl.where(slot < 0, NO_ADAPTER, slot)
 
 
 @triton.jit
 def _adapters_with_rank(slot_of_token_ptr, token, mask, rank_ptr):
-    """The same, _NO_ADAPTER also for adapters that leave the segment alone."""
+    """The same, NO_ADAPTER also for adapters that leave the segment alone."""
     adapter = adapters_of_rows(slot_of_token_ptr, token, mask)
-    rank = tl.load(rank_ptr + adapter, mask=adapter < _NO_ADAPTER, other=0)
-    return tl.where(rank > 0, adapter, _NO_ADAPTER)
+    rank = tl.load(rank_ptr + adapter, mask=adapter < NO_ADAPTER, other=0)
+    return tl.where(rank > 0, adapter, NO_ADAPTER)
 
 
 @triton.jit
@@ -108,6 +117,64 @@ def _width(segment, WIDTHS: tl.constexpr):
         begin += tl.where(s < segment, WIDTHS[s], 0)
         width += tl.where(s == segment, WIDTHS[s], 0)
     return begin, width
+
+
+@triton.jit
+def shrink_rows(
+    x_ptrs,  # [1, BLOCK_M]: the rows of x
+    adapter,  # [BLOCK_M], from _adapters_with_rank
+    expert,
+    out_ptrs,  # [BLOCK_R, BLOCK_M]
+    memory_ptr,
+    a_ptr,  # [num_slots] of the segment, and so the next two
+    rank_ptr,
+    scale_ptr,
+    in_features,
+    rank_tile,
+    part,
+    share,
+    SLICES: tl.constexpr,  # of a part
+    WHOLE: tl.constexpr,  # there is one part: times scale, and rounded
+    SHARES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,  # those of the kernel
+):
+    """out[r, row] = sum_k A[r, k] x[row, k] over the k of a part's slices, adapter by adapter."""
+    BLOCK_R: tl.constexpr = out_ptrs.shape[0]
+    BLOCK_M: tl.constexpr = out_ptrs.shape[1]
+    slice_size = tl.cdiv(tl.cdiv(in_features, _SLICES), 256) * 256
+    place = tl.arange(0, BLOCK_R)
+    r = rank_tile * ROWS + place
+    current = tl.min(adapter, 0)
+    turn = 0
+    while current < NO_ADAPTER:
+        rank = tl.load(rank_ptr + current)
+        if (turn % SHARES == share) & (rank_tile * ROWS < rank):
+            before = expert.to(tl.int64) * rank  # rows of the experts before
+            start = tl.multiple_of(tl.load(a_ptr + current), 128) + before * in_features
+            a_ptrs = memory_ptr + start + r[:, None] * in_features
+            mine = (adapter == current)[None, :]
+            in_rank = ((place < ROWS) & (r < rank))[:, None]
+            total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+            for slice_k in range(part * SLICES, (part + 1) * SLICES):
+                acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+                end_k = tl.minimum((slice_k + 1) * slice_size, in_features)
+                for step in tl.range(slice_k * slice_size, end_k, BLOCK_K, num_stages=STAGES):
+                    k = step + tl.arange(0, BLOCK_K)
+                    in_k = k < end_k
+                    a = tl.load(a_ptrs + k[None, :], mask=in_rank & in_k[None, :], other=0.0)
+                    # past L1: of shrink_kernel no wait has made x visible if X_DONE
+                    mask = mine & in_k[:, None]
+                    x = tl.load(x_ptrs + k[:, None], mask=mask, other=0.0, cache_modifier=".cg")
+                    acc = tl.dot(a, x, acc, input_precision="ieee")
+                total += acc
+            if WHOLE:
+                total *= tl.load(scale_ptr + current)
+            tl.store(out_ptrs, total.to(out_ptrs.dtype.element_ty), mask=mine & in_rank)
+        turn += 1
+        adapter = tl.where(adapter == current, NO_ADAPTER, adapter)
+        current = tl.min(adapter, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
@@ -134,7 +201,6 @@ def shrink_kernel(
     RANK_TILES: tl.constexpr,
     SLICES: tl.constexpr,  # of K that a program sums
     WHOLE: tl.constexpr,  # these are all: times scale, and rounded
-    SLICE_K: tl.constexpr,
     SHARES: tl.constexpr,  # programs that share the adapters of a block of rows
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,  # height of a tile of A
@@ -168,11 +234,10 @@ def shrink_kernel(
     scale_ptr += segment * num_slots
     adapter = _adapters_with_rank(slot_of_token_ptr, pair // TOP_K, row_mask, rank_ptr)
     current = tl.min(adapter, 0)
-    place = tl.arange(0, BLOCK_R)
-    r = rank_tile * ROWS + place
+    r = rank_tile * ROWS + tl.arange(0, BLOCK_R)
     if EARLY and SORT_DONE:
         if PREFETCH and not X_DONE:  # noqa: SIM102
-            if current < _NO_ADAPTER:
+            if current < NO_ADAPTER:
                 rank = tl.load(rank_ptr + current)
                 begin = tl.load(a_ptr + current) + expert.to(tl.int64) * rank * in_features
                 _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, in_features, ROWS)
@@ -181,41 +246,19 @@ def shrink_kernel(
         gdc_launch_dependents()
     source = pair // TOP_K if GATHER else row
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features
+    if PREFETCH:  # noqa: SIM102
+        if current < NO_ADAPTER:  # the only one of the block
+            rank = tl.load(rank_ptr + current)
+            _, width = _width(segment, WIDTHS)
+            begin = tl.load(b_ptr + current) + expert.to(tl.int64) * rank * width
+            _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, width, ROWS)
     num_segments = tl.num_programs(1) // RANK_TILES
     out_row = (part * num_segments + segment).to(tl.int64) * num_rows + pair
     out_ptrs = parts_ptr + out_row[None, :] * max_rank + r[:, None]
-    turn = 0
-    while current < _NO_ADAPTER:
-        rank = tl.load(rank_ptr + current)
-        if (turn % SHARES == share) & (rank_tile * ROWS < rank):
-            before = expert.to(tl.int64) * rank  # rows of the experts before
-            if PREFETCH:
-                _, width = _width(segment, WIDTHS)
-                begin = tl.load(b_ptr + current) + before * width
-                _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, width, ROWS)
-            start = tl.multiple_of(tl.load(a_ptr + current), 128) + before * in_features
-            a_ptrs = memory_ptr + start + r[:, None] * in_features
-            mine = (adapter == current)[None, :]
-            in_rank = ((place < ROWS) & (r < rank))[:, None]
-            total = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-            for slice_k in range(part * SLICES, (part + 1) * SLICES):
-                acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-                end_k = tl.minimum((slice_k + 1) * SLICE_K, in_features)
-                for step in range(slice_k * SLICE_K, end_k, BLOCK_K):
-                    k = step + tl.arange(0, BLOCK_K)
-                    in_k = k < end_k
-                    a = tl.load(a_ptrs + k[None, :], mask=in_rank & in_k[None, :], other=0.0)
-                    # past L1, for no wait of this kernel has made x visible to it if X_DONE
-                    mask = mine & in_k[:, None]
-                    x = tl.load(x_ptrs + k[:, None], mask=mask, other=0.0, cache_modifier=".cg")
-                    acc = tl.dot(a, x, acc, input_precision="ieee")
-                total += acc
-            if WHOLE:
-                total *= tl.load(scale_ptr + current)
-            tl.store(out_ptrs, total.to(parts_ptr.dtype.element_ty), mask=mine & in_rank)
-        turn += 1
-        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
-        current = tl.min(adapter, 0)
+    shrink_rows(
+        x_ptrs, adapter, expert, out_ptrs, memory_ptr, a_ptr, rank_ptr, scale_ptr, in_features,
+        rank_tile, part, share, SLICES, WHOLE, SHARES, ROWS, BLOCK_K,
+    )  # fmt: skip
     if EARLY and X_DONE:
         gdc_wait()
 
@@ -238,25 +281,31 @@ def add_low_rank(
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr = False,  # acc has columns 2i and 2i + 1 of each 16 in 8 and 8 rows
+    SAME_LAUNCH: tl.constexpr = False,  # the one part is from shrink_block: zeros from the rank on
 ):
     """acc[n, row] += sum_r B[r, n] u[row, r], u = scale * (sum of parts) rounded, or the one part.
 
     Adapter after adapter of the rows; the rows of the others count as zeros.
     """
     BLOCK_N: tl.constexpr = column.shape[0]
+    CACHE: tl.constexpr = ".cg" if SAME_LAUNCH else ""
+    # with shrink_block 128 tokens take 237 us a layer with one stage, 260 with two (lora_ways.csv)
+    STAGES: tl.constexpr = 1 if SAME_LAUNCH or NUM_PARTS > 1 else 5
     parts_ptrs = parts_ptr + pair[None, :].to(tl.int64) * max_rank
     current = tl.min(adapter, 0)
-    while current < _NO_ADAPTER:
+    while current < NO_ADAPTER:
         rank = tl.load(rank_ptr + current)
         scale = tl.load(scale_ptr + current)
         start = tl.multiple_of(tl.load(b_ptr + current), 128)
         b_ptrs = memory_ptr + start + expert.to(tl.int64) * rank * width + column[None, :]
         mine = (adapter == current)[None, :]
-        for first_r in tl.range(0, rank, BLOCK_R, num_stages=5 if NUM_PARTS == 1 else 1):
+        for first_r in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
             r = first_r + tl.arange(0, BLOCK_R)[:, None]
             b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
             mask = mine & (r < rank)
-            u = tl.load(parts_ptrs + r, mask=mask, other=0.0)
+            if SAME_LAUNCH:  # this is known to be aligned, so that 16 bytes are copied at once
+                mask = mine & (r < max_rank)
+            u = tl.load(parts_ptrs + r, mask=mask, other=0.0, cache_modifier=CACHE)
             if NUM_PARTS > 1:
                 for part in tl.static_range(1, NUM_PARTS):
                     u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
@@ -265,7 +314,7 @@ def add_low_rank(
                 b = b.reshape(BLOCK_R, BLOCK_N // 16, 8, 2).permute(0, 1, 3, 2)
                 b = b.reshape(BLOCK_R, BLOCK_N)
             acc = tl.dot(tl.trans(b), u, acc, input_precision="ieee")
-        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
+        adapter = tl.where(adapter == current, NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
     return acc
 
@@ -290,7 +339,7 @@ def add_low_rank_at_once(
     """y[row] += scale (x A^T) B, both halves here: for a site so narrow that one program has it."""
     x_ptrs = x_ptr + row[:, None].to(tl.int64) * in_features
     current = tl.min(adapter, 0)
-    while current < _NO_ADAPTER:
+    while current < NO_ADAPTER:
         rank = tl.load(rank_ptr + current)
         a_ptrs = memory_ptr + tl.multiple_of(tl.load(a_ptr + current), 128)
         b_ptrs = memory_ptr + tl.multiple_of(tl.load(b_ptr + current), 128)
@@ -309,7 +358,7 @@ def add_low_rank_at_once(
             b = tl.load(b_ptrs + r[:, None] * width + column[None, :], mask=mask, other=0.0)
             u = (u * tl.load(scale_ptr + current)).to(b.dtype)
             y = tl.where(mine, y + tl.dot(u, b, input_precision="ieee"), y)
-        adapter = tl.where(adapter == current, _NO_ADAPTER, adapter)
+        adapter = tl.where(adapter == current, NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
     return y
 
@@ -356,7 +405,7 @@ def expand_kernel(
     if EARLY:  # so far only what was written before the shrink began
         gdc_wait()
         gdc_launch_dependents()
-    if tl.min(adapter, 0) == _NO_ADAPTER:
+    if tl.min(adapter, 0) == NO_ADAPTER:
         return
     begin, width = _width(segment, WIDTHS)
     width = tl.multiple_of(width, ALIGN)
@@ -370,7 +419,7 @@ def expand_kernel(
             b_ptr, rank_ptr, scale_ptr, width, NUM_PARTS, BLOCK_R,
         )  # fmt: skip
         y_ptrs = y_ptr + row[None, :].to(tl.int64) * y_stride + (begin + column)[:, None]
-        mask = (adapter < _NO_ADAPTER)[None, :] & (column < width)[:, None]
+        mask = (adapter < NO_ADAPTER)[None, :] & (column < width)[:, None]
         y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -445,11 +494,18 @@ def shrink_experts(
     block_m: int,  # that the slots were cut with
     top_k: int,
     gather: bool,  # x has a row per token; otherwise a row per sorted (token, expert) pair
-    parts: Tensor,  # from low_rank_parts
+    parts: Tensor,  # from pair_parts
 ) -> LowRank:
-    """The first half of scale (x A_e^T) B_e, for every (token, expert) pair with an adapter."""
+    """The first half of scale (x A_e^T) B_e, for every (token, expert) pair with an adapter.
+
+    For few pairs nothing is launched: `grouped_matmul` does it, once after each sort.
+    """
+    if len(parts) > 1:
+        sums = parts[1:]
+        _check(x, site, memory, len(slots.slots), sums)
+        return LowRank(site, memory, slot_of_token, _one_part(parts, memory.dtype), sums)
     work = _expert_work(slots, slot_of_token, block_m, top_k, gather)
-    return LowRank(site, memory, slot_of_token, _shrink(x, site, memory, work, parts))
+    return LowRank(site, memory, slot_of_token, _shrink(x, site, memory, work, parts), None)
 
 
 def add_lora_kernel(
@@ -517,7 +573,7 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
     num_parts, num_segments, num_rows, max_rank = parts.shape
     if work.num_blocks == 0 or max_rank == 0:
         return parts
-    tile = _shrink_tile(work, num_segments * num_parts, max_rank)
+    tile = _shrink_tile(work)
     rank_tiles = triton.cdiv(max_rank, tile.rows)
     early = dispatch.is_hopper(x)
     shrink_kernel[(work.num_blocks * tile.shares, num_segments * rank_tiles, num_parts)](
@@ -526,7 +582,6 @@ def _shrink(x: Tensor, site: LoraSite, memory: Tensor, work: _Work, parts: Tenso
         WIDTHS=site.widths, TOP_K=work.top_k, GATHER=work.gather, EXPERTS=work.experts,
         SLOTS=_padded_slots(work, site.rank.shape[1]), RANK_TILES=rank_tiles,
         SLICES=NUM_SLICES // num_parts, WHOLE=num_parts == 1,
-        SLICE_K=triton.cdiv(triton.cdiv(site.in_features, NUM_SLICES), 256) * 256,
         SHARES=tile.shares, BLOCK_M=work.block_m, BLOCK_R=64, ROWS=tile.rows, BLOCK_K=tile.block_k,
         PREFETCH=early and work.num_blocks <= FEW_BLOCKS and _align(site) % 8 == 0,
         EARLY=early, SORT_DONE=work.sort_done, X_DONE=work.x_done,
@@ -585,18 +640,13 @@ class _ShrinkTile:
     shares: int = 1  # programs that share the adapters of a block of rows
 
 
-def _shrink_tile(work: _Work, programs_per_block: int, max_rank: int) -> _ShrinkTile:
+def _shrink_tile(work: _Work) -> _ShrinkTile:
     if not work.experts:
         # The linear beside has 160 KB of an SM's shared memory, 192 from 17 tokens on; this has 60
         # or 30. us of both, for q, k, v and output (bench/results/h100/lora_ways.csv): 36 at one
         # token, 41 with BLOCK_K = 256; 50 at 128 tokens, 57 in blocks of 16 rows.
         return _ShrinkTile(work.block_m, 128 if len(work.order) <= 16 else 64, 3)
-    if work.block_m >= 64:
-        return _ShrinkTile(64, 64, 4)
-    num_programs = work.num_blocks * programs_per_block * triton.cdiv(max_rank, 64)
-    if num_programs < 132:
-        return _ShrinkTile(32, 128, 6)
-    return _ShrinkTile(64, 128, 4, shares=2)
+    return _ShrinkTile(64, 64, 4) if work.block_m >= 64 else _ShrinkTile(64, 128, 4, shares=2)
 
 
 def rank_tile(parts: Tensor, block_m: int) -> int:
@@ -619,6 +669,6 @@ def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tens
     wanted = (len(site.widths), num_rows)
     if NUM_SLICES % len(parts) or tuple(parts.shape[1:3]) != wanted or parts.dtype != torch.float32:
         raise ValueError(
-            f"parts is {tuple(parts.shape)} {parts.dtype}; take it from low_rank_parts for "
-            f"{wanted[0]} segments and {num_rows} rows"
+            f"parts is {tuple(parts.shape)} {parts.dtype}; take it from low_rank_parts (experts: "
+            f"pair_parts) for {wanted[0]} segments and {num_rows} rows"
         )

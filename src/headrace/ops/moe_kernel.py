@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from headrace.ops import dispatch, routing_kernel
+from headrace.ops.arena import fresh
 from headrace.ops.experts import ExpertWeight
 from headrace.ops.experts_kernel import (
     Activation,
@@ -14,8 +15,8 @@ from headrace.ops.experts_kernel import (
     KernelWeight,
     grouped_matmul,
 )
-from headrace.ops.lora import MoELora, own_parts
-from headrace.ops.lora_kernel import LowRank, shrink_experts
+from headrace.ops.lora import MoELora
+from headrace.ops.lora_kernel import LowRank, pair_parts, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
 from headrace.ops.norm import NextNorm
@@ -80,7 +81,7 @@ def _shrink(
     x = buffers.routing.normed if first else buffers.activated
     parts = lora.buffers.pairs
     if parts is None:
-        parts = own_parts(site, len(buffers.activated), x.device)
+        parts = pair_parts(fresh(x.device), len(buffers.activated), int(site.rank.max()))
     return shrink_experts(
         x, site, lora.memory, lora.rows.slot_of_row, buffers.routing.sorted,
         buffers.tiles.gate_up.block_m, weights.top_k, first, parts,

@@ -21,7 +21,8 @@ class SortedSlots:
     """(token, k) slots in the order of their experts, and the blocks a grouped matmul works on."""
 
     slots: Tensor  # [num_slots] int32: token * top_k + k; past the last block: undefined
-    blocks: Tensor  # [max_blocks, 4] int32: expert (-1: no work), first row, end row, unused
+    # [max_blocks, 4] int32: expert (-1: no work), first row, end row, 0 (the matmuls count here)
+    blocks: Tensor
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def write_blocks(
         tl.store(row_ptrs, expert - first_expert, mask=i < blocks)
         tl.store(row_ptrs + 1, row, mask=i < blocks)
         tl.store(row_ptrs + 2, tl.minimum(row + BLOCK_M, first_row + counts), mask=i < blocks)
+        tl.store(row_ptrs + 3, 0, mask=i < blocks)
     for start in range(tl.max(end_block, 0), num_blocks, EXPERTS):
         tl.store(blocks_ptr + (start + expert) * 4, -1, mask=start + expert < num_blocks)
 
