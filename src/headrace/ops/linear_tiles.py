@@ -80,16 +80,15 @@ def _for_arithmetic(problem: LinearProblem) -> LinearTile:
     """
     block_n = 128
 
-    def rounds(block_m: int) -> int:
+    def cost(block_m: int) -> int:
         tiles = _cdiv(problem.num_tokens, block_m) * _cdiv(problem.out_features, block_n)
-        return _cdiv(tiles, problem.num_sms)
+        return _cdiv(tiles, problem.num_sms) * (block_m + block_n)
 
-    sizes = (256, 128) if problem.large_tiles else (128,)
-    block_m = min(sizes, key=lambda block_m: rounds(block_m) * (block_m + block_n))
+    block_m = min((256, 128) if problem.large_tiles else (128,), key=cost)
     tile = LinearTile(block_m, block_n, block_n, 64, num_warps=8, num_stages=4, group_m=8)
-    if block_m == 128 and rounds(block_m) == 1:
-        # no tile to compute while one is stored: that memory holds more stages instead (512 tokens
-        # of output: 24.5 us, not 26.5)
+    if block_m == 128:
+        # an SM has one tile, seldom two: the memory to store one while the next is computed holds
+        # more stages instead (512 tokens of output: 24.5 us, not 26.5)
         return _fitted(problem, replace(tile, num_stages=6), persistent=False)
     return _fitted(problem, tile)
 
