@@ -57,9 +57,12 @@ def install() -> FakeDriver:
 
 
 def pretend_cuda() -> None:
-    """Make the ops take the host's tensors for this GPU's."""
+    """Make the ops take the host's tensors for this GPU's; all kernels are Triton's."""
     import torch
 
+    from headrace.ops import cuda_source
+
+    cuda_source.available = lambda: False  # type: ignore[assignment]
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment, method-assign]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     properties = MagicMock(

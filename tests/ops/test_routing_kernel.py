@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.ops import routing_kernel
+from headrace.ops import routing_cuda, routing_kernel
 from headrace.ops.routing import RoutingBuffers, routing_counters
 from headrace.ops.routing_kernel import route, router_gemm
 from tests.fake_gpu import run_script
@@ -242,7 +242,15 @@ def test_wrong_logits_are_named():
         router_gemm(x, weight, None, buffers, torch.zeros(20, 8).double())
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def way(request, monkeypatch):
+    """Which kernel takes up to 128 tokens where both could."""
+    if request.param == "triton":
+        monkeypatch.setattr(routing_cuda, "takes", lambda *args: False)
+
+
 @gpu
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_experts", [32, 128])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 17, 127, 128, 129, 1000, 4096, 8192])
 def test_routing(num_experts, num_tokens):
@@ -266,6 +274,7 @@ def test_sizes(hidden, num_experts):
 
 
 @gpu
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_tokens", [5, 60, 300])
 @pytest.mark.parametrize("local", [range(8), range(24, 32)])
 def test_a_slice_of_the_experts(num_tokens, local):
@@ -273,6 +282,7 @@ def test_a_slice_of_the_experts(num_tokens, local):
 
 
 @gpu
+@pytest.mark.usefixtures("way")
 def test_ties_go_to_the_lower_expert():
     router = Router(32, 2880)
     router.weight.zero_()
@@ -284,6 +294,7 @@ def test_ties_go_to_the_lower_expert():
 
 
 @gpu
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("num_experts", "hidden"), [(32, 2880), (128, 2880), (8, 256)])
 def test_a_token_has_the_same_bits_in_every_batch(num_experts, hidden):
     router = Router(num_experts, hidden)
@@ -298,6 +309,7 @@ def test_a_token_has_the_same_bits_in_every_batch(num_experts, hidden):
 
 
 @gpu
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_tokens", [9, 100, 300])
 def test_a_row_of_nan_does_no_harm(num_tokens):
     x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()

@@ -5,6 +5,7 @@ A token's logits are partial sums over fixed slices of the hidden size, added in
 they do not depend on the other tokens. Each slice of 16 tokens has a program of its own, and the
 last one to finish adds them up. Up to 128 tokens all is one launch; beyond, the norm has one before
 it (14 us at 512 tokens on an H100, 32 within the router), and the end of the sort one after it.
+`routing_cuda` has a faster kernel for few tokens, with the same bits; `route` asks it first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.ops import dispatch
+from headrace.ops import dispatch, routing_cuda
 from headrace.ops.arena import fresh
 from headrace.ops.arrival_kernel import arrive
 from headrace.ops.lora import MoELora
@@ -76,10 +77,10 @@ def _inverse_rms(
 
     The layout must not depend on how many tokens there are, for it orders a row's sum: so ROWS is
     less than BLOCK_T only where one row takes all threads. The square of a bfloat16 is exact in
-    float32.
+    float32. routing_cuda.cu rounds as this does.
     """
     x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, 1) / HIDDEN + eps)
+    return tl.rsqrt(tl.fma(tl.sum(x * x, 1), 1.0 / HIDDEN, eps))
 
 
 @triton.jit
@@ -378,6 +379,12 @@ def route(
     check_sort(buffers, local, block_m)
     if len(x) == 0:
         return x
+    if lora is None and routing_cuda.takes(x, norm_weight, router_weight, buffers):
+        routing_cuda.launch(
+            x, residual, norm_weight, eps, router_weight, router_bias, buffers, block_m,
+            renormalize, local,
+        )  # fmt: skip
+        return x if residual is None else buffers.summed
     _launch_router(
         x, residual, norm_weight, eps, router_weight, router_bias, buffers,
         buffers.expert_weights, buffers.expert_ids.shape[1], renormalize, block_m, local, lora,
