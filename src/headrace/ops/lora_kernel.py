@@ -50,16 +50,21 @@ class LowRank:
     sums: Tensor | None  # [NUM_SLICES, 1, num_pairs, max_rank] float32; None: u is filled already
 
 
+def _whole_eights(max_rank: int) -> int:
+    """The length of a row of parts, which are written and read in eights."""
+    return -(-max_rank // 8) * 8
+
+
 def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
     """The buffer of x A^T: the sums of slices of K, or for many rows u in the first part."""
     num_parts = NUM_SLICES if num_rows <= FEW_ROWS else 1
-    return take((num_parts, num_segments, num_rows, max_rank), torch.float32)
+    return take((num_parts, num_segments, num_rows, _whole_eights(max_rank)), torch.float32)
 
 
 def pair_parts(take: Take, num_pairs: int, max_rank: int) -> Tensor:
     """The same for (token, expert) pairs: u in the first part; for few pairs, then the sums."""
     num_parts = 1 + NUM_SLICES if num_pairs <= FEW_ROWS else 1
-    return take((num_parts, 1, num_pairs, max_rank), torch.float32)
+    return take((num_parts, 1, num_pairs, _whole_eights(max_rank)), torch.float32)
 
 
 @triton.jit
@@ -96,6 +101,12 @@ def _adapters_with_rank(slot_of_token_ptr, token, mask, rank_ptr):
     adapter = adapters_of_rows(slot_of_token_ptr, token, mask)
     rank = tl.load(rank_ptr + adapter, mask=adapter < NO_ADAPTER, other=0)
     return tl.where(rank > 0, adapter, NO_ADAPTER)
+
+
+@triton.jit
+def _in_eights(rank):
+    """How much of a row of parts is written and read, 16 bytes at a time: zeros after the rank."""
+    return (rank + 7) // 8 * 8
 
 
 @triton.jit
@@ -171,7 +182,8 @@ def shrink_rows(
                 total += acc
             if WHOLE:
                 total *= tl.load(scale_ptr + current)
-            tl.store(out_ptrs, total.to(out_ptrs.dtype.element_ty), mask=mine & in_rank)
+            written = ((place < ROWS) & (r < _in_eights(rank)))[:, None]
+            tl.store(out_ptrs, total.to(out_ptrs.dtype.element_ty), mask=mine & written)
         turn += 1
         adapter = tl.where(adapter == current, NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
@@ -281,7 +293,7 @@ def add_low_rank(
     NUM_PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr = False,  # acc has columns 2i and 2i + 1 of each 16 in 8 and 8 rows
-    SAME_LAUNCH: tl.constexpr = False,  # the one part is from shrink_block: zeros from the rank on
+    SAME_LAUNCH: tl.constexpr = False,  # the one part is from shrink_block
 ):
     """acc[n, row] += sum_r B[r, n] u[row, r], u = scale * (sum of parts) rounded, or the one part.
 
@@ -289,32 +301,31 @@ def add_low_rank(
     """
     BLOCK_N: tl.constexpr = column.shape[0]
     CACHE: tl.constexpr = ".cg" if SAME_LAUNCH else ""
-    # with shrink_block 128 tokens take 237 us a layer with one stage, 260 with two (lora_ways.csv)
-    STAGES: tl.constexpr = 1 if SAME_LAUNCH or NUM_PARTS > 1 else 5
     parts_ptrs = parts_ptr + pair[None, :].to(tl.int64) * max_rank
     current = tl.min(adapter, 0)
+    first_r = 0
+    # one loop, for with another in it acc made ptxas let each product of the base matmul wait for
+    # the one before, where it has 128 x 128 sums in 4 warps
     while current < NO_ADAPTER:
         rank = tl.load(rank_ptr + current)
-        scale = tl.load(scale_ptr + current)
         start = tl.multiple_of(tl.load(b_ptr + current), 128)
         b_ptrs = memory_ptr + start + expert.to(tl.int64) * rank * width + column[None, :]
-        mine = (adapter == current)[None, :]
-        for first_r in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
-            r = first_r + tl.arange(0, BLOCK_R)[:, None]
-            b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
-            mask = mine & (r < rank)
-            if SAME_LAUNCH:  # this is known to be aligned, so that 16 bytes are copied at once
-                mask = mine & (r < max_rank)
-            u = tl.load(parts_ptrs + r, mask=mask, other=0.0, cache_modifier=CACHE)
-            if NUM_PARTS > 1:
-                for part in tl.static_range(1, NUM_PARTS):
-                    u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
-                u = (u * scale).to(b.dtype)
-            if INTERLEAVED:
-                b = b.reshape(BLOCK_R, BLOCK_N // 16, 8, 2).permute(0, 1, 3, 2)
-                b = b.reshape(BLOCK_R, BLOCK_N)
-            acc = tl.dot(tl.trans(b), u, acc, input_precision="ieee")
-        adapter = tl.where(adapter == current, NO_ADAPTER, adapter)
+        r = first_r + tl.arange(0, BLOCK_R)[:, None]
+        b = tl.load(b_ptrs + r * width, mask=(r < rank) & (column < width)[None, :], other=0.0)
+        mask = (adapter == current)[None, :] & (r < _in_eights(rank))
+        u = tl.load(parts_ptrs + r, mask=mask, other=0.0, cache_modifier=CACHE)
+        if NUM_PARTS > 1:
+            for part in tl.static_range(1, NUM_PARTS):
+                u += tl.load(parts_ptrs + part * part_stride + r, mask=mask, other=0.0)
+            u = (u * tl.load(scale_ptr + current)).to(b.dtype)
+        if INTERLEAVED:
+            b = b.reshape(BLOCK_R, BLOCK_N // 16, 8, 2).permute(0, 1, 3, 2)
+            b = b.reshape(BLOCK_R, BLOCK_N)
+        acc = tl.dot(tl.trans(b), u, acc, input_precision="ieee")
+        first_r += BLOCK_R
+        is_done = first_r >= rank
+        first_r = tl.where(is_done, 0, first_r)
+        adapter = tl.where((adapter == current) & is_done, NO_ADAPTER, adapter)
         current = tl.min(adapter, 0)
     return acc
 
@@ -448,9 +459,10 @@ def embedding_shrink_kernel(
     start = tl.load(a_ptr + slot) + known_id(token_ids_ptr, sampled_ptr, row)
     for first_r in range(0, rank, BLOCK_R):
         r = first_r + tl.arange(0, BLOCK_R)
-        a = tl.load(memory_ptr + start + r.to(tl.int64) * vocab_size, mask=r < rank)
+        a = tl.load(memory_ptr + start + r.to(tl.int64) * vocab_size, mask=r < rank, other=0.0)
         u = (a.to(tl.float32) * scale).to(parts_ptr.dtype.element_ty)
-        tl.store(parts_ptr + row.to(tl.int64) * max_rank + r, u, mask=r < rank)
+        u_ptrs = parts_ptr + row.to(tl.int64) * max_rank + r
+        tl.store(u_ptrs, u, mask=r < _in_eights(rank))
 
 
 @dataclass(frozen=True)
@@ -650,12 +662,12 @@ def _shrink_tile(work: _Work) -> _ShrinkTile:
 
 
 def rank_tile(parts: Tensor, block_m: int) -> int:
-    """Rank-1 terms of one step of a product with B: fewer where many rows fill the registers.
+    """Rank-1 terms of one step of a product with B: 64, fewer where many rows fill the registers.
 
     Parts that are yet to be added pass through registers, u itself goes to shared memory.
     """
-    most = max(2048 // block_m, 32) if len(parts) == 1 else max(1024 // block_m, 16)
-    return min(max(triton.next_power_of_2(parts.shape[3]), 16), most, 64)
+    most = 64 if len(parts) == 1 else max(1024 // block_m, 16)
+    return min(max(triton.next_power_of_2(parts.shape[3]), 16), most)
 
 
 def _check(x: Tensor, site: LoraSite, memory: Tensor, num_rows: int, parts: Tensor) -> None:
