@@ -108,7 +108,7 @@ def test_kernels_of_a_decode_step_and_a_prefill_on_the_gpu(tmp_path: Path) -> No
         mine = [row for row in rows if (row["phase"], row["batch"]) == size]
         us = {row["kernel"]: float(row["us"]) for row in mine}
         whole = us.pop("the whole step")
-        assert sum(us.values()) == pytest.approx(whole)
+        assert sum(us.values()) == pytest.approx(whole, rel=1e-4)  # rounded to 5 digits
         for op in ("qkv", "attention", "output", "gate_up", "down", "lm_head"):
             assert any(kernel.endswith(f" {op}") and t > 0 for kernel, t in us.items()), (op, us)
         assert us["nothing, within a step"] >= 0

@@ -37,6 +37,7 @@ SCRIPT = """
 import json, os, signal, sys
 import torch
 from triton.compiler.compiler import ASTSource
+from headrace.engine import compilers as module
 from headrace.engine.compilers import Compilers
 from headrace.engine.warmup import warm_up
 from tests.fake_gpu import install
@@ -48,9 +49,10 @@ with Compilers(2) as compilers:
     import kernels  # as ops do, with the first launch
     if what == "compile":  # only the others may
         ASTSource.make_ir = None
-    if what == "die":
+    module.PATIENCE = 0.3 if what == "SIGSTOP" else 60
+    if what.startswith("SIG"):
         for pid in compilers._processes:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.Signals[what])
 
     def dry_run():
         for block in (16, 32, 64):
@@ -86,8 +88,9 @@ def test_they_compile_and_the_caller_loads(tmp_path: Path) -> None:
     assert run("compile", tmp_path) == ([6, 0, 6], "")
 
 
-def test_without_them_the_caller_compiles(tmp_path: Path) -> None:
-    assert run("die", tmp_path) == ([6, 6, 6], "")
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
+def test_if_they_die_or_hang_the_caller_compiles(tmp_path: Path, signal: str) -> None:
+    assert run(signal, tmp_path) == ([6, 6, 6], "")
 
 
 def test_a_kernel_that_does_not_compile_is_the_callers_error(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 
 MAX_PROCESSES = 8  # of up to 0.4 GB each
+PATIENCE = 120.0  # seconds; the longest compile takes 5 on an idle core
 
 
 def num_compilers(device: str) -> int:
@@ -58,6 +59,7 @@ class Compilers:
     def __exit__(self, *_: object) -> None:
         for pid, connection in self._processes.items():
             connection.close()
+            os.kill(pid, signal.SIGKILL)  # it may hang: a fork takes other threads' locks along
             os.waitpid(pid, 0)
 
     def compile(self, key: str, compile_kernel: Callable[[], Any]) -> bool:
@@ -72,8 +74,11 @@ class Compilers:
         process = self._idle.get()
         try:
             process.send((key, job["src"], job["target"], job["options"].__dict__, job["env_vars"]))
+            if not process.poll(PATIENCE):
+                process.close()
+                return False
             compiled: bool = process.recv()
-        except (EOFError, OSError):  # the process is gone
+        except (EOFError, OSError):  # the process is gone, or was given up
             return False
         finally:
             self._idle.put(process)
