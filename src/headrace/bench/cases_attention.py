@@ -154,9 +154,7 @@ def random_calls(problem: Attention, device: torch.device) -> Calls:
     sets = min(24, math.ceil(COLD_BYTES / (pages * page_bytes))) if device.type == "cuda" else 2
     table = torch.randperm(sets * pages, device=device).int()
     num_tokens = problem.num_tokens
-    num_sms = 1
-    if device.type == "cuda":
-        num_sms = dispatch.gpu_limits(table.device.index).num_sms
+    num_sms = dispatch.num_sms(table)
     shape = plan_shape(num_tokens, problem.num_seqs, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, num_sms)
     ones = np.ones(problem.num_seqs, np.int64)
     plan = empty_plan(shape, problem.window, device)

@@ -185,16 +185,13 @@ class Runner:
         layout, device = self.model.kv_layout, self.model.device
         if not dispatch.takes_kernel(self.sampled):
             return None
-        num_sms = 1  # interpreted on the CPU
-        if device.type == "cuda":
-            num_sms = dispatch.gpu_limits(device.index).num_sms
         shape = plan_shape(
             config.max_num_batched_tokens,
             config.max_num_seqs + 1,
             layout.num_heads,
             layout.num_kv_heads,
             layout.head_dim,
-            num_sms,
+            dispatch.num_sms(self.sampled),
         )
         return empty_plan(shape, window, device)
 

@@ -86,12 +86,13 @@ class _HostBlock:
         from headrace.ops.move_kernel import move
 
         table, words = self._table.numpy(), self._words.numpy()
-        starts = _starts([array.nbytes for array, _ in arrays])
-        for row, start, (array, tensor) in zip(table, starts, arrays, strict=False):
+        starts = _starts([array.nbytes for array, _ in arrays])[:-1]
+        used = table[: len(arrays)]
+        for row, start, (array, tensor) in zip(used, starts, arrays, strict=True):
             source = np.ascontiguousarray(array).reshape(-1).view(np.int32)
             words[start // 4 : start // 4 + source.size] = source
             row[:] = start // 4, tensor.data_ptr(), source.size
-        move(self._table[: len(arrays)], self._words, int(table[: len(arrays), 2].max()))
+        move(self._table[: len(arrays)], self._words, int(used[:, 2].max()))
 
 
 def _starts(capacities: Sequence[int]) -> list[int]:

@@ -29,6 +29,11 @@ class GpuLimits:
     is_hopper: bool
 
 
+def num_sms(x: Tensor) -> int:
+    """SMs of x's GPU; 1 on the CPU, where kernels are interpreted."""
+    return gpu_limits(x.device.index).num_sms if x.device.type == "cuda" else 1
+
+
 @cache
 def gpu_limits(index: int | None) -> GpuLimits:
     """Of one GPU; asking the driver takes 1 ms, longer than a launch, so it is asked once."""

@@ -218,7 +218,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,  # height of a tile of A
     ROWS: tl.constexpr,  # rows of A in it; the others are zeros, and nothing is read for them
     BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bring B into L2, and A while the kernel before is at work
+    PREFETCH: tl.constexpr,  # bring B into L2
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
     SORT_DONE: tl.constexpr,  # the rows were sorted before that kernel began
     X_DONE: tl.constexpr,  # so was x written
@@ -245,20 +245,15 @@ def shrink_kernel(
     rank_ptr += segment * num_slots
     scale_ptr += segment * num_slots
     adapter = _adapters_with_rank(slot_of_token_ptr, pair // TOP_K, row_mask, rank_ptr)
-    current = tl.min(adapter, 0)
     r = rank_tile * ROWS + tl.arange(0, BLOCK_R)
     if EARLY and SORT_DONE:
-        if PREFETCH and not X_DONE:  # noqa: SIM102
-            if current < NO_ADAPTER:
-                rank = tl.load(rank_ptr + current)
-                begin = tl.load(a_ptr + current) + expert.to(tl.int64) * rank * in_features
-                _prefetch_rows(memory_ptr + begin, rank_tile * ROWS, rank, in_features, ROWS)
         if not X_DONE:
             gdc_wait()
         gdc_launch_dependents()
     source = pair // TOP_K if GATHER else row
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features
-    if PREFETCH:  # noqa: SIM102
+    if PREFETCH:
+        current = tl.min(adapter, 0)
         if current < NO_ADAPTER:  # the only one of the block
             rank = tl.load(rank_ptr + current)
             _, width = _width(segment, WIDTHS)
