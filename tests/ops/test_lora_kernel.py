@@ -559,6 +559,28 @@ def test_a_token_has_the_same_bits_in_every_batch(layer):
 
 
 @gpu
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+def test_many_tokens_have_the_bits_of_few(layer, rank):
+    """Each rank is another kernel, in which ptxas hands out the registers in another way."""
+    adapters, biases, kernel_weights = layer
+    adapters = LayerAdapters(adapters.weights, [rank] * 3, [rank] * 3, "cuda", torch.bfloat16)
+    x = torch.randn(4096, 2880, device="cuda").bfloat16()
+    ids, weights = routing(4096, 32, 4, "cuda")
+    slots = random_slots(4096, 3)
+
+    def run(rows):
+        tiles = choose(Problem(ids[rows].numel(), 32))
+        call = x[rows], ids[rows], weights[rows], slots[rows], tiles, biases, kernel_weights
+        return adapters.run(*call)
+
+    few = torch.cat([run(slice(i, i + 64)) for i in range(0, 4096, 64)])
+    assert few.isfinite().all()
+    for size in (128, 256, 512, 1024, 2048, 4096):
+        for repeat in range(5):
+            assert torch.equal(run(slice(size)), few[:size]), (size, repeat)
+
+
+@gpu
 @pytest.mark.parametrize("rank", [16, 32, 64])
 @pytest.mark.parametrize("num_slots", [4, 6, 16])
 @pytest.mark.parametrize("top_k", [6, 12])

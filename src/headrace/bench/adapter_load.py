@@ -22,6 +22,7 @@ from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, LoadAdapter, SamplingParams, UnloadAdapter
 from headrace.engine.phases import settle
+from headrace.engine.threads import share_python
 from headrace.models.config import read_config
 
 PROMPT = 128  # tokens
@@ -52,7 +53,8 @@ def run_adapter_load(config: EngineConfig, rank: int, batch: int, csv: Path | No
         engine = Engine(
             replace(config, enable_lora=True, max_loras=1, max_lora_rank=rank, max_num_seqs=batch)
         )
-        settle()  # as the engine's own process does
+        share_python()  # as the engine's own process does
+        settle()
         rows = measure(engine, path, rank, batch)
     Console().print(load_table(rows, device_name(engine)))
     if csv:

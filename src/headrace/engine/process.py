@@ -32,9 +32,9 @@ from headrace.engine.messages import (
     UnloadAdapter,
 )
 from headrace.engine.phases import settle
+from headrace.engine.threads import share_python
 
 STATS_INTERVAL = 0.25  # seconds between two EngineStats while there is work
-SWITCH_INTERVAL = 2e-4  # seconds; Python's default is 5 ms
 LINGER_MS = 1000  # time that the last words get to leave
 
 Progress = Callable[[int, int], None]
@@ -106,8 +106,7 @@ def run_engine(config: EngineConfig, address: str, make: MakeEngine = make_engin
     # Ctrl-C and a service manager's SIGTERM reach the whole group: the client decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # a thread that loads an adapter may hold Python for so long: a step takes 2 ms or more
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    share_python()
     logging.basicConfig(format="headrace engine: %(message)s")
     logging.getLogger("headrace").setLevel(logging.INFO)
     context = zmq.Context()

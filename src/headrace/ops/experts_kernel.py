@@ -72,6 +72,22 @@ def _activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _wait_for_products(step):
+    """Until the matrix instructions under way have read their registers.
+
+    ptxas gives those of decoded weights to what comes next once the instruction is issued, and with
+    adapters even those of the last one: wrong values in 5 to 30 of 1024 rows at rank 16. Without
+    adapters a younger instruction always stands between (tests/ops/test_experts_compile.py); there
+    the wait would take 4 % of the layer from 512 tokens on, here it takes 1 to 4
+    (bench/results/h100/lora_wait.csv).
+    """
+    tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r", [step],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _mxfp4_product(
     x_ptrs,  # [BLOCK_K, BLOCK_M]
     row_mask,
@@ -82,6 +98,7 @@ def _mxfp4_product(
     out_features,
     in_features,
     PTX: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -114,6 +131,8 @@ def _mxfp4_product(
         x = tl.load(x_ptrs, mask=in_k & row_mask[None, :], other=0.0)
         w = decode_tile(words, scales, TILES_N, UNITS_K, x.dtype, PTX)
         acc = tl.dot(w, x, acc, input_precision="ieee")
+        if WAIT:
+            _wait_for_products(step)
         word_ptrs += UNITS_K * 512
         scale_ptrs += UNITS_K // 2 * 64
         x_ptrs += BLOCK_K
@@ -212,7 +231,7 @@ def _block_of_rows(
         tile_n = pid_n * (BLOCK_N // 64) + tl.arange(0, BLOCK_N // 64)
         acc = _mxfp4_product(
             x_ptrs, row_mask, weight_ptr, scales_ptr, expert, tile_n, out_features,
-            in_features, PTX, BLOCK_M, BLOCK_K,
+            in_features, PTX, EARLY and LORA, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         acc *= weight_factor
     else:
