@@ -98,12 +98,13 @@ def candidates(num_tokens: int, num_experts: int) -> list[Tile]:
     rows = num_tokens * TOP_K / num_experts
     tiles = []
     if rows <= 16:
-        tiles += [Tile(16, 64, 128, 4, s) for s in (3, 5, 7)]
+        tiles += [Tile(16, 64, 128, 4, s) for s in (3, 4, 5, 7)]
         tiles += [Tile(16, 64, 256, 4, s) for s in (3, 4)]
-        tiles += [Tile(16, 128, 128, 8, 5), Tile(16, 128, 128, 4, 5), Tile(16, 128, 256, 8, 4)]
+        tiles += [Tile(16, 128, 128, 4, s) for s in (3, 4, 5, 6)]
+        tiles += [Tile(16, 128, 128, 8, 5), Tile(16, 128, 256, 8, 4)]
     if 4 <= rows <= 32:
         tiles += [Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 5), Tile(32, 128, 128, 8, 4)]
-        tiles += [Tile(32, 128, 128, 4, 3)]
+        tiles += [Tile(32, 128, 128, 4, s) for s in (3, 4)]
     if 8 <= rows <= 64:
         tiles += [Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3)]
         tiles += [Tile(64, 64, 128, 4, 4, 2), Tile(64, 256, 128, 8, 3)]

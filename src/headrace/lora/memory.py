@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,7 +83,7 @@ class LoraMemory:
         self.ranges = Ranges(num_elements)
         self._segment = {key: i for i, key in enumerate(self.targets)}
         self._memory = torch.empty(num_elements, dtype=dtype, device=device)
-        self._uploader = Uploader(device)
+        self._uploader = Uploader(device, largest_factor(self.targets.values(), max_rank))
         self._columns = -(-num_slots // SLOTS_ALIGNED) * SLOTS_ALIGNED
         self._tables = Tables.zeros(len(self.targets), self._columns, device)
         self.weights = self._weights(self._tables, max_rank)
@@ -208,6 +208,11 @@ def full_size(targets: Sequence[Target], rank: int) -> int:
     """Elements of an adapter that changes all of these targets at this rank."""
     rows = [(t.num_experts * rank, t.in_features, t.out_features) for t in targets]
     return sum(aligned(n * a) + aligned(n * b) for n, a, b in rows)
+
+
+def largest_factor(targets: Iterable[Target], rank: int) -> int:
+    """Bytes of the largest A or B of this rank, in float32."""
+    return max(4 * t.num_experts * rank * max(t.in_features, t.out_features) for t in targets)
 
 
 def aligned(num_elements: int) -> int:
