@@ -37,7 +37,8 @@ class FakeDriver:
         return GPUTarget("cuda", 90, 32)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY, "multiprocessor_count": NUM_SMS}
+        memory = {"mem_clock_rate": 2619000, "mem_bus_width": 5120}
+        return {"max_shared_mem": SHARED_MEMORY, "multiprocessor_count": NUM_SMS, **memory}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         self.loaded.append(name)

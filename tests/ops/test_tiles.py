@@ -34,6 +34,14 @@ def test_what_was_measured_is_taken_as_it_is(num_experts: int) -> None:
         assert choose(problem) == choose(roomy)
 
 
+def test_faster_memory_wants_wider_tiles() -> None:
+    """An H200's SMs have to ask for more bytes at once; at few tokens there are too few tiles."""
+    for num_slots, width in ((8, 64), (16, 128), (256, 128)):
+        tiles = choose(Problem(num_slots, 32, memory_tb_per_s=4.9))
+        assert (tiles.gate_up.block_n, tiles.down.block_n) == (width, width)
+        assert choose(Problem(num_slots, 32)).gate_up.block_n == 64
+
+
 @pytest.mark.parametrize(
     ("tile", "mxfp4", "compiled"),
     [  # bytes of the kernels compiled for sm_80, and for sm_90

@@ -27,6 +27,7 @@ class GpuLimits:
     num_sms: int
     shared_memory: int  # bytes that one program can have
     is_hopper: bool
+    memory_tb_per_s: float
 
 
 def num_sms(x: Tensor) -> int:
@@ -39,4 +40,7 @@ def gpu_limits(index: int | None) -> GpuLimits:
     """Of one GPU; asking the driver takes 1 ms, longer than a launch, so it is asked once."""
     found = triton.runtime.driver.active.utils.get_device_properties(index)
     is_hopper = torch.cuda.get_device_capability(index) >= (9, 0)
-    return GpuLimits(found["multiprocessor_count"], found["max_shared_mem"], is_hopper)
+    bits_per_s = 2 * 1000 * found["mem_clock_rate"] * found["mem_bus_width"]  # two a clock, in kHz
+    return GpuLimits(
+        found["multiprocessor_count"], found["max_shared_mem"], is_hopper, bits_per_s / 8e12
+    )

@@ -95,7 +95,11 @@ def choose_tiles(num_slots: int, weights: MoEWeights) -> MoETiles:
     device = weights.norm.device
     if device.type == "cuda":
         limits = dispatch.gpu_limits(device.index)
-        problem = replace(problem, shared_memory=limits.shared_memory)
+        problem = replace(
+            problem,
+            shared_memory=limits.shared_memory,
+            memory_tb_per_s=limits.memory_tb_per_s,
+        )
     return choose(problem)
 
 

@@ -13,6 +13,7 @@ class Problem:
     num_experts: int  # held here
     mxfp4: bool = True  # else bfloat16 weights
     shared_memory: int = 227 * 1024  # bytes that one program can have; an H100's
+    memory_tb_per_s: float = 3.35  # an H100's; an H200 has 4.8 for as many SMs
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def _fitted(tile: Tile, problem: Problem) -> Tile:
 
 
 def _fastest(problem: Problem) -> MoETiles:
-    """On an H100; the reasons: tune.csv, moe_small.csv and moe_large.csv in bench/results/h100.
+    """On an H100 and an H200; the reasons: tune.csv in bench/results/h100 and h200, and in h100
+    moe_small.csv and moe_large.csv.
 
     Never fewer than 16 rows: with 8 the compiler takes another matrix instruction (mma.sync), which
     gives the same bits but wants the weights elsewhere: 45 us a layer against 36 at one token.
@@ -79,11 +81,15 @@ def _fastest(problem: Problem) -> MoETiles:
     if rows <= 8:
         # 128 x 16 leads where many experts are hit (524 against 539 us at 128 experts, 64 tokens);
         # with fewer there are too few programs: 17.0 against 20.7 us for gate_up at one token
+        if problem.memory_tb_per_s > 4 and problem.num_slots >= 16:
+            # an H200: both matmuls 7 to 9 % faster than 64 wide at 16 to 64 tokens
+            tile = Tile(16, 128, num_stages=5)
+            return MoETiles(tile, tile)
         wide = min(problem.num_slots, problem.num_experts) > 64
         return MoETiles(Tile(16, 128 if wide else 64), Tile(16, 64))
     if rows <= 16:
-        # 188 us a layer at 32 experts, 128 tokens; 197 if 64 wide
-        return MoETiles(Tile(32, 128, num_stages=3), Tile(32, 128, num_stages=3))
+        # 111 + 62 us at 32 experts, 128 tokens; with 3 stages 114 + 62, 64 wide 118 + 68
+        return MoETiles(Tile(32, 128), Tile(32, 128))
     if rows <= 32:
         # 139 us, without the narrow width 148; with 4 warps 134, but they spill with adapters.
         # down takes 79 us, with 8 warps 101; the narrow width gains 2 and spills, too.
