@@ -47,6 +47,7 @@ class StagingAsOnGPU(staging.Staging):
     """The kernel moves from one part of the host's memory to another."""
 
     def __init__(self, capacities: Sequence[int], device: torch.device) -> None:
+        super().__init__(capacities, torch.device("cpu"))
         num_bytes = staging._starts(capacities)[-1]
         self._device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
         self._block = torch.empty(num_bytes, dtype=torch.uint8)

@@ -23,6 +23,8 @@ class Staging:
 
     def __init__(self, capacities: Sequence[int], device: torch.device) -> None:
         self._device = device
+        self._sizes: object = None  # of the last step's arrays
+        self._placed: list[Tensor] = []
         if device.type != "cpu":
             num_bytes = _starts(capacities)[-1]
             self._block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -50,15 +52,18 @@ class Staging:
 
     def _places(self, arrays: Sequence[np.ndarray], capacities: Sequence[int]) -> list[Tensor]:
         """Where the arrays go: tensors on the device that nobody has written yet."""
-        sizes = [array.nbytes for array in arrays]
-        fits = all(size <= room for size, room in zip(sizes, capacities, strict=True))
-        assert fits, f"{sizes=} {capacities=}"
-        starts = _starts(capacities)
-        assert starts[-1] <= len(self._block), f"{starts[-1]} bytes, {len(self._block)=}"
-        return [
-            self._block[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
-            for array, start in zip(arrays, starts, strict=False)
-        ]
+        sizes = [(a.shape, a.dtype, room) for a, room in zip(arrays, capacities, strict=True)]
+        if sizes != self._sizes:  # making them gives Python to other threads dozens of times
+            fits = all(a.nbytes <= room for a, room in zip(arrays, capacities, strict=True))
+            assert fits, f"{sizes=}"
+            starts = _starts(capacities)
+            assert starts[-1] <= len(self._block), f"{starts[-1]} bytes, {len(self._block)=}"
+            self._placed = [
+                self._block[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+                for array, start in zip(arrays, starts, strict=False)
+            ]
+            self._sizes = sizes
+        return self._placed
 
     def _next_host(self) -> _HostBlock:
         """The other pinned block, as soon as the device no longer needs it.
