@@ -1,15 +1,13 @@
 """Every kernel compiled for sm_80 and sm_90 without a GPU: instructions, registers, memory."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.fake_gpu import run_script
+
 SCRIPT = r"""
-import json, re, subprocess, sys
+import json, os, re, subprocess
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,6 +16,7 @@ from headrace.ops import attention_kernel, rope_kernel
 from headrace.ops import experts_kernel, linear_kernel, lora_kernel, move_kernel, norm_kernel
 from headrace.ops import routing_kernel, sampling_kernel, sort_kernel, weighted_sum_kernel
 from headrace.ops.linear_tiles import LinearProblem, choose
+from tests.sass import youngest_overwritten
 
 CONTEXT = {"x": "*bf16", "norm": "*bf16", "normed": "*bf16", "weight": "*bf16", "bias": "*bf16",
            "out": "*bf16", "y": "*bf16", "residual": "*bf16", "summed": "*bf16",
@@ -29,7 +28,10 @@ FLOATS = {"eps", "alpha", "limit", "weight_factor"}
 ALIGNED = {"hidden", "in_features", "out_features", "out_stride", "sums_stride", "max_rank",
            "y_stride", "stride_row", "vocab", "value_offset"}
 WIDE_COPY = r"cp\.async\.cg\.shared\.global.*0x10|cp\.async\.bulk\.tensor"
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def output(tool, *arguments):
+    command = [tool.path, *arguments, "k.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 def compile_kernel(kernel, capability, constants, warps=4, stages=4, registers=None, **types):
     signature, attrs = {}, {}
@@ -50,14 +52,17 @@ def compile_kernel(kernel, capability, constants, warps=4, stages=4, registers=N
         options={"num_warps": warps, "num_stages": stages, "maxnreg": registers},
     )
     Path("k.cubin").write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", "k.cubin"], capture_output=True, text=True)
+    usage = output(triton.knobs.nvidia.cuobjdump, "-res-usage")
     ptx = compiled.asm["ptx"]
+    sass = output(triton.knobs.nvidia.nvdisasm, "-c") if "wgmma" in ptx else ""
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout)[1]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "waits": sass.count("WARPGROUP.DEPBAR"),
+        "overwritten": youngest_overwritten(sass) if sass else None,
         "wide_copies": len(re.findall(WIDE_COPY, ptx)),
     }
 
@@ -183,8 +188,6 @@ def attention_kernels(capability):
             dict(NUM_KV_HEADS=8, GROUP=8, PADDED_GROUP=8, HEAD_DIM=64, PAGE=page,
                  WINDOWED=windowed, ROWS=16 if decode else 64, KEYS=64, KEYS_TALL=decode,
                  EARLY=capability == 90), 4, 3 if decode else 2, **types)
-        sass = subprocess.run([CUOBJDUMP, "-sass", "k.cubin"], capture_output=True, text=True)
-        results[name]["waits"] = sass.stdout.count("WARPGROUP.DEPBAR")
     results["rope"] = compile_kernel(
         rope_kernel.rope_and_cache_kernel, capability,
         dict(NUM_HEADS=64, NUM_KV_HEADS=8, HALF_DIM=32, BLOCK_HEADS=16, BLOCK_DIM=32,
@@ -235,18 +238,8 @@ def all_kernels(capability):
     results |= attention_kernels(capability)
     return results | lora_kernels(capability) | sampling_kernels(capability)
 
-print(json.dumps(all_kernels(int(sys.argv[1]))))
+print(json.dumps(all_kernels(int(os.environ["CAPABILITY"]))))
 """
-
-
-def compile_all(capability: int, folder: Path) -> dict:
-    """In a process of its own: the interpreter's switch is read when Triton is imported."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(folder)
-    command = [sys.executable, "-c", SCRIPT, str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 # Bytes. With adapters' B outside its loop: 4135 us a layer against 4292 without.
@@ -259,12 +252,15 @@ SPILLED = {
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_and_fits(capability, tmp_path):
     pytest.importorskip("triton")
-    kernels = compile_all(capability, tmp_path)
+    process = run_script(SCRIPT, tmp_path, CAPABILITY=str(capability))
+    assert process.returncode == 0, process.stderr
+    kernels = json.loads(process.stdout)
     shared_limit = {80: 163 * 1024, 90: 227 * 1024}[capability]
     for name, kernel in kernels.items():
         assert kernel["stack"] <= SPILLED[capability].get(name, 0), (name, kernel)
         assert kernel["registers"] <= 255, (name, kernel)
         assert kernel["shared"] <= shared_limit, (name, kernel)
+        assert kernel["overwritten"] != 0, (name, kernel)  # registers of the last product
     matmuls = {n: k for n, k in kernels.items() if n.startswith(("mxfp4", "bf16", "shrink"))}
     wanted, other = ("wgmma", "mma") if capability == 90 else ("mma", "wgmma")
     for name, kernel in matmuls.items():
