@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from headrace.bench.cases_moe import make_step, random_layer
+from headrace.bench.cases_lora import LoraCase, make_case, random_adapters
+from headrace.bench.cases_moe import Step, make_step, random_layer
 from headrace.ops import cuda_source, dispatch, routing_cuda
+from headrace.ops.lora import LoraBuffers, LoraLayer, MoELora
 from headrace.ops.routing import RoutingBuffers
 from tests.fake_gpu import NUM_SMS, SHARED_MEMORY
 from tests.ops.test_cuda_source import need_nvrtc
+from tests.ops.test_lora_kernel import Adapters, rows_of
 from tests.ops.test_routing_kernel import Router
 
 gpu = pytest.mark.gpu
@@ -34,7 +38,7 @@ def test_it_compiles_and_fits(hidden, num_experts, top_k, tmp_path, monkeypatch)
     command = [CUOBJDUMP, "-res-usage", cubin]
     usage = subprocess.run(command, capture_output=True, text=True).stdout
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert found["REG"] * routing_cuda.NUM_THREADS <= 65536
+    assert found["REG"] * routing_cuda.NUM_THREADS <= 65536 // 2
     assert found["STACK"] == found["LOCAL"] == 0
 
 
@@ -73,7 +77,7 @@ def test_arguments_stand_in_one_order():
 )  # fmt: skip
 def test_what_it_takes(num_tokens, hidden, num_experts, taken, monkeypatch):
     monkeypatch.setattr(dispatch, "is_hopper", lambda x: True)
-    limits = dispatch.GpuLimits(NUM_SMS, SHARED_MEMORY, is_hopper=True)
+    limits = dispatch.GpuLimits(NUM_SMS, SHARED_MEMORY, is_hopper=True, memory_tb_per_s=3.35)
     monkeypatch.setattr(dispatch, "gpu_limits", lambda index: limits)
     monkeypatch.setattr(cuda_source, "available", lambda: True)
     router = Router(num_experts, hidden, "cpu")
@@ -82,6 +86,23 @@ def test_what_it_takes(num_tokens, hidden, num_experts, taken, monkeypatch):
     assert routing_cuda.takes(x, *arguments) == taken
     shifted = torch.zeros(num_tokens * hidden + 1, dtype=torch.bfloat16)[1:].view_as(x)
     assert not routing_cuda.takes(shifted, *arguments)  # not in 16 bytes
+    slots = torch.zeros(num_tokens, dtype=torch.int32)
+    lora = router_lora(router_adapters([3], hidden, num_experts, "cpu"), slots)
+    assert routing_cuda.takes(x, *arguments, lora) == taken
+    lora = replace(lora, memory=torch.zeros(len(lora.memory) + 1, dtype=x.dtype)[1:])
+    assert not routing_cuda.takes(x, *arguments, lora)
+
+
+def router_adapters(ranks, hidden, num_experts, device="cuda") -> Adapters:
+    """Their deltas are of the order of one; NaN stands around every factor."""
+    return Adapters([ranks], hidden, [num_experts], 1, device, torch.bfloat16)
+
+
+def router_lora(adapters: Adapters, slots: Tensor) -> MoELora:
+    """What `route` takes."""
+    site = adapters.site
+    rows = rows_of(slots, site.rank.shape[1])
+    return MoELora(LoraLayer(*[site] * 5), adapters.memory, rows, LoraBuffers())
 
 
 def results(buffers: RoutingBuffers, local: range) -> dict[str, Tensor]:
@@ -149,17 +170,100 @@ def test_the_bits_are_tritons(num_experts, hidden, top_k, options, triton_alone)
         assert_same(found, {"sum": summed} | results(buffers, local))
 
 
+RANKS = [
+    [0, 1, 200],
+    [64, 0, 7, 520],  # more than are multiplied with B at once
+    [8 * (i % 5) + i % 3 for i in range(17)],
+]
+
+
 @gpu
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "top_k"), [(32, 2880, 4), (128, 2880, 4), (60, 2056, 8), (8, 4096, 1)]
+)
+def test_the_bits_are_tritons_with_adapters(num_experts, hidden, top_k, ranks, triton_alone):
+    router, local = Router(num_experts, hidden), range(num_experts)
+    adapters, batches = router_adapters(ranks, hidden, num_experts), []
+    for num_tokens in (1, 2, 9, 16, 17, 100, 128):
+        x, residual = torch.randn(2, num_tokens, hidden, device="cuda").bfloat16()
+        slots = torch.randint(-1, len(ranks), (num_tokens,), device="cuda").int()
+        slots[0] = len(ranks) - 1  # of a rank above 0
+        lora = router_lora(adapters, slots)
+        _, base = router.run(x, residual, top_k)
+        summed, buffers = router.run(x, residual, top_k, lora=lora)
+        assert routing_cuda.takes(x, router.norm, router.weight, buffers, lora)
+        assert not buffers.counters.any()
+        assert not buffers.sorted.blocks[buffers.sorted.blocks[:, 0] >= 0, 3].any()
+        rank = torch.tensor([*ranks, 0], device="cuda")[slots.long()]
+        for name in ("expert_ids", "expert_weights"):
+            assert torch.equal(getattr(buffers, name)[rank == 0], getattr(base, name)[rank == 0])
+        if top_k > 1:
+            assert (buffers.expert_weights != base.expert_weights)[rank > 1].any(1).all()
+        batches.append((x, residual, lora, {"sum": summed} | results(buffers, local)))
+    triton_alone()
+    for x, residual, lora, found in batches:
+        summed, buffers = router.run(x, residual, top_k, lora=lora)
+        assert_same(found, {"sum": summed} | results(buffers, local))
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 16, 100])
+@pytest.mark.parametrize("num_experts", [32, 128])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_adapters_against_float64(ranks, num_experts, num_tokens):
+    router = Router(num_experts, 2880)
+    x = torch.randn(num_tokens, 2880, device="cuda").bfloat16()
+    slots = (torch.arange(num_tokens, device="cuda") % (len(ranks) + 1) - 1).int().flip(0)
+    adapters = router_adapters(ranks, 2880, num_experts)
+    _, buffers = router.run(x, None, 4, lora=router_lora(adapters, slots))
+    logits = router.logits(buffers.normed)
+    for slot in range(len(ranks)):
+        mine = slots == slot
+        logits[mine] += adapters.delta(buffers.normed[mine], slot)
+    chosen = logits.gather(1, buffers.expert_ids.long())
+    best = logits.topk(4).values
+    torch.testing.assert_close(chosen, best, rtol=0, atol=0.03)  # x A^T is rounded
+    weights = buffers.expert_weights.double()
+    torch.testing.assert_close(weights, chosen.softmax(1), rtol=0.03, atol=0.03)
+
+
+@gpu
+def test_slots_that_are_nobodys_count_as_none():
+    """A warm-up runs the kernel on slots that no kernel has written."""
+    router, x = Router(32, 2880), torch.randn(20, 2880, device="cuda").bfloat16()
+    lora = router_lora(router_adapters([64], 2880, 32), torch.zeros(20, device="cuda"))
+    lora.rows.slot_of_row.copy_(torch.tensor([1, -7, 1 << 30, -(1 << 31)] * 5))
+    _, base = router.run(x, None, 4)
+    _, buffers = router.run(x, None, 4, lora=lora)
+    assert_same(results(buffers, range(32)), results(base, range(32)))
+
+
+def random_lora_case(step: Step) -> LoraCase:
+    """Two adapters; one of them changes the router, too."""
+    found = []
+    for _ in step.layers:
+        adapters = random_adapters(2, 16, torch.device("cuda"))
+        more, begin = router_adapters([20, 0], 2880, 32), len(adapters.memory)
+        router = replace(more.site, a=more.site.a + begin, b=more.site.b + begin)
+        memory = torch.cat((adapters.memory, more.memory))
+        found.append(replace(adapters, layer=replace(adapters.layer, router=router), memory=memory))
+    return make_case(step, found, 2)
+
+
+@gpu
+@pytest.mark.parametrize("has_lora", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 20, 128])
-def test_a_replayed_layer(num_tokens, triton_alone):
+def test_a_replayed_layer(num_tokens, has_lora, triton_alone):
     """In a chain whose kernels start early; a replay finds the counters as it needs them."""
     layers = [random_layer(32, torch.device("cuda")) for _ in range(3)]
     step = make_step(layers, num_tokens)
-    step.layer(0)
+    run = random_lora_case(step).experts if has_lora else step.layer
+    run(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(24):  # input n meets layer (16 + n) % 3 last
-            step.layer(i)
+            run(i)
     for out in step.outs:
         out.fill_(float("nan"))
     graph.replay()
@@ -167,4 +271,4 @@ def test_a_replayed_layer(num_tokens, triton_alone):
     found = [out.clone() for out in step.outs]
     triton_alone()
     for n in range(8):
-        assert torch.equal(step.layer(16 + n), found[n]), n
+        assert torch.equal(run(16 + n), found[n]), n

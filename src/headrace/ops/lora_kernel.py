@@ -4,9 +4,9 @@
 The first is `shrink_kernel`, for dense layers and for experts. The second is, for experts, the last
 step of the base matmul (`grouped_matmul` with a `LowRank`, by `add_low_rank` here), and for dense
 layers `expand_kernel`. For few rows of experts the base matmul does both (`lora_experts_kernel`),
-and the router's kernel always does (`add_low_rank_at_once`). A program finds the adapters of its
-rows itself and takes each at its own rank, so that the grid, and with it a captured CUDA graph,
-does not depend on who is in the batch.
+and the router's kernel always does (`add_low_rank_at_once`, up to 128 tokens `routing_cuda.cu`). A
+program finds the adapters of its rows itself and takes each at its own rank, so that the grid, and
+with it a captured CUDA graph, does not depend on who is in the batch.
 
 One instruction kind and one order over K and over the rank, whatever the batch: rows of other
 adapters count as zeros in a product, which leaves a sum as it is.

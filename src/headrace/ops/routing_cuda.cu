@@ -1,11 +1,13 @@
 // normed = rms_norm(x + residual); logits = normed W^T + b; softmax of the top k; slots by expert.
+// Adapters add scale (normed A^T) B to the logits.
 //
 // What router_kernel (routing_kernel.py) does for up to 128 tokens, with its bits. A thread block
 // cluster takes TOKENS tokens: a program OWN slices of 256 columns, a warp one token's part of
 // them. Sums of squares and partial logits meet in shared memory of the cluster, where Triton's
 // programs meet at counters in global memory: that is half of its time. Every sum of floats has
 // Triton's order: a row's squares 8 columns a thread, then threads, then warps, by halves;
-// products in steps of 16 columns; the slices' logits from the first to the last.
+// products in steps of 16 columns; the slices' logits from the first to the last. So have the
+// adapters' products, of tokens with ranks, then with experts.
 //
 // Who compiles this defines HIDDEN, EXPERTS (padded to whole words of 32), TOP_K, RENORMALIZE,
 // TOKENS, PROGRAMS (of a cluster), OWN and SHARED_BYTES.
@@ -13,6 +15,7 @@
 constexpr int THREADS = 512, MAX_TOKENS = 128;
 constexpr int FEW = 2;  // up to so many tokens every program sums the squares of whole rows itself
 constexpr int SLICES = PROGRAMS * OWN, WORDS = EXPERTS / 32;  // expert e: bit e % 32 of word e / 32
+constexpr int RANKS = OWN * 256;  // of a token's x A^T that have room in the place of x
 // bytes of a row in shared memory: 16 more than its data, so that ldmatrix meets each bank once
 constexpr int W_PITCH = 512 + 16, X_PITCH = OWN * 512 + 16;
 constexpr unsigned ALL = ~0u;
@@ -26,8 +29,13 @@ struct Arguments {  // as in routing_cuda.py; bf16 as its bits
   int4 *blocks;
   unsigned *masks;    // [num_tokens, WORDS]: the experts held here that a token goes to
   unsigned *counter;  // of clusters that have arrived; zero before and after
+  const int *slot_of_token;      // the adapter of each token, -1: none; null: no adapters
+  const unsigned short *memory;  // LoraWeights.memory
+  const long long *a, *b;        // of each adapter, as in LoraSite
+  const int *rank;
+  const float *scale;
   float eps;
-  int num_tokens, num_experts, num_blocks, block_m, first_expert, num_local;
+  int num_tokens, num_experts, num_blocks, block_m, first_expert, num_local, num_adapters;
 };
 
 struct Shared {
@@ -52,6 +60,9 @@ __device__ unsigned in_shared(const void *p) { return (unsigned)__cvta_generic_t
 __device__ void copy_async(void *to, const void *from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                ::"r"(in_shared(to)), "l"(from), "r"(bytes));
+}
+__device__ void prefetch(const void *from, int bytes) {  // into L2
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -108,6 +119,7 @@ __device__ float divide(float a, float b) {
 __device__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ float high(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ float bf16(unsigned short bits) { return low(bits); }
+__device__ unsigned pair(const unsigned short *p) { return *(const unsigned *)p; }
 
 // An integer that rises with the float, above 0, and the float of one.
 __device__ unsigned rising(float v) {
@@ -176,21 +188,121 @@ __device__ void multiply(Shared &sh, int own, int group, int half, int num_here)
   }
 }
 
+// The logits of token `here` of this cluster: the slices' parts in their order, then the bias.
+__device__ void add_slices(const Shared &sh, int here, const float (&bias)[WORDS],
+                           float (&logits)[WORDS]) {
+#pragma unroll
+  for (int w = 0; w < WORDS; w++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int slice = 0; slice < SLICES; slice++)
+      sum += sh.logits[slice][here][w * 32 + threadIdx.x % 32];
+    logits[w] = sum + bias[w];
+  }
+}
+
+// u = scale (x A^T), rounded, of 8 ranks from first_r + place on: into the place of x, for the
+// tokens in `mine`. Of rows that do not exist the last that does is read; ranks from `rank` on
+// get zeros.
+__device__ void shrink(const Arguments &g, Shared &sh, int adapter, int rank, int first_r,
+                       int place, unsigned mine, int first_token, int num_here) {
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2, r = first_r + place;
+  const unsigned short *factor = g.memory + g.a[adapter], *x = g.normed + first_token * HIDDEN;
+  if (lane == 0 && r < rank) prefetch(factor + r * HIDDEN, min(8, rank - r) * HIDDEN * 2);
+  const unsigned short *a = factor + min(r + row, rank - 1) * HIDDEN + column;
+  const unsigned short *x0 = x + min(row, num_here - 1) * HIDDEN + column;
+  const unsigned short *x8 = x + min(row + 8, num_here - 1) * HIDDEN + column;
+  float acc[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 6
+  for (int k = 0; k < HIDDEN; k += 16) {
+    const bool whole = HIDDEN % 16 == 0 || k + 8 < HIDDEN;
+    const unsigned rows[4] = {pair(x0 + k), pair(x8 + k), whole ? pair(x0 + k + 8) : 0,
+                              whole ? pair(x8 + k + 8) : 0};
+    multiply_add(acc, rows, pair(a + k), whole ? pair(a + k + 8) : 0);
+  }
+  const float scale = g.scale[adapter];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int here = row + i * 8;
+    const float even = r + column < rank ? acc[i * 2] * scale : 0.f;
+    const float odd = r + column + 1 < rank ? acc[i * 2 + 1] * scale : 0.f;
+    if (mine >> here & 1)
+      *(unsigned *)(sh.x + here * X_PITCH + (place + column) * 2) = bf16_pair(even, odd);
+  }
+}
+
+// logits += u B of this warp's token, over num_ranks ranks from first_r on.
+__device__ void expand(const Arguments &g, const Shared &sh, int adapter, int first_r,
+                       int num_ranks, float (&logits)[WORDS]) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  const char *u = sh.x + threadIdx.x / 32 * X_PITCH + column * 2;
+  const unsigned short *b = g.memory + g.b[adapter] + first_r * g.num_experts;
+#pragma unroll
+  for (int w = 0; w < WORDS; w++) {
+#pragma unroll 1
+    for (int first = 0; first < 32; first += 8) {  // 8 experts at once
+      const int expert = w * 32 + first + lane / 4;
+      const auto b_of = [&](int r) -> unsigned {
+        return r < num_ranks && expert < g.num_experts ? b[r * g.num_experts + expert] : 0;
+      };
+      const float even = __shfl_sync(ALL, logits[w], first + column);
+      const float odd = __shfl_sync(ALL, logits[w], first + column + 1);
+      float acc[4] = {even, odd, even, odd};  // every row of the product is this token
+#pragma unroll 2
+      for (int k = 0; k < num_ranks; k += 16) {
+        const unsigned *pairs = (const unsigned *)(u + k * 2);
+        const unsigned rows[4] = {pairs[0], pairs[0], pairs[4], pairs[4]};
+        const int r = k + column;
+        multiply_add(acc, rows, b_of(r) | b_of(r + 1) << 16, b_of(r + 8) | b_of(r + 9) << 16);
+      }
+      const float new_even = __shfl_sync(ALL, acc[0], lane % 8 / 2);
+      const float new_odd = __shfl_sync(ALL, acc[1], lane % 8 / 2);
+      if (lane / 8 == first / 8) logits[w] = lane % 2 ? new_odd : new_even;
+    }
+  }
+}
+
+// logits += scale (normed A^T) B of this warp's token, if its adapter changes the router.
+//
+// Lane i has the adapter and the rank of token i; rank 0: none, or it leaves the router alone.
+// Warps share the ranks of each adapter, for all its tokens at once, then take a token each.
+__device__ void add_low_rank(const Arguments &g, Shared &sh, int adapter, int rank,
+                             int first_token, int num_here, float (&logits)[WORDS]) {
+  const int warp = threadIdx.x / 32;
+  const int own = __shfl_sync(ALL, adapter, warp), own_rank = __shfl_sync(ALL, rank, warp);
+  const unsigned alike = __match_any_sync(ALL, adapter);
+  const int largest = __reduce_max_sync(ALL, rank);
+  for (int first_r = 0; first_r < largest; first_r += RANKS) {
+    int tile = warp;  // adapter after adapter, tiles of 8 ranks go round the warps
+    unsigned left = __ballot_sync(ALL, rank > first_r);
+    while (left) {
+      const int here = __ffs(left) - 1, its_rank = __shfl_sync(ALL, rank, here);
+      const int its = __shfl_sync(ALL, adapter, here);
+      const unsigned mine = __shfl_sync(ALL, alike, here);
+      const int tiles = (min(its_rank - first_r, RANKS) + 15) / 16 * 2;  // `expand` takes 16
+      for (; tile < tiles; tile += THREADS / 32)
+        shrink(g, sh, its, its_rank, first_r, tile * 8, mine, first_token, num_here);
+      tile -= tiles;
+      left &= ~mine;
+    }
+    __syncthreads();
+    if (own_rank > first_r)
+      expand(g, sh, own, first_r, min(own_rank - first_r, RANKS), logits);
+    __syncthreads();
+  }
+}
+
 // A warp chooses the experts of its token `here` of this cluster: ids, weights, mask.
 __device__ void choose(const Arguments &g, Shared &sh, int here, int token,
-                       const float (&bias)[WORDS]) {
+                       float (&logits)[WORDS]) {
   const int lane = threadIdx.x % 32;
-  float logits[WORDS], powers[WORDS];
+  float powers[WORDS];
   unsigned keys[WORDS], masks[WORDS] = {};  // keys: 0 is nobody's
   int chosen_as[WORDS];
 #pragma unroll
   for (int w = 0; w < WORDS; w++) {
-    const int expert = w * 32 + lane;
-    float sum = 0.f;
-#pragma unroll
-    for (int slice = 0; slice < SLICES; slice++) sum += sh.logits[slice][here][expert];
-    logits[w] = fmaxf(sum + bias[w], -3.0e38f) + 0.f;  // no NaN, and no -0, which would rise to +0
-    keys[w] = expert < g.num_experts ? rising(logits[w]) : 0;
+    logits[w] = fmaxf(logits[w], -3.0e38f) + 0.f;  // no NaN, and no -0, which would rise to +0
+    keys[w] = w * 32 + lane < g.num_experts ? rising(logits[w]) : 0;
     chosen_as[w] = -1;
   }
 #pragma unroll
@@ -286,7 +398,8 @@ __device__ void sort(const Arguments &g, Shared &sh) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+// at most 64 registers a thread, so that programs of the kernels beside have room on the SM
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 router_kernel(const __grid_constant__ Arguments g) {
   extern __shared__ __align__(128) char memory[];
   Shared &sh = *(Shared *)memory;
@@ -318,6 +431,8 @@ router_kernel(const __grid_constant__ Arguments g) {
     sh.squares[threadIdx.x / 16][threadIdx.x % 16] = 0.f;
   wait_for_previous_kernel();
   let_next_kernel_start();
+  int adapter = -1, rank = 0;  // lane i's are those of token i of this cluster
+  if (g.slot_of_token && lane < num_here) adapter = g.slot_of_token[first_token + lane];
   if (warp < num_here) {
 #pragma unroll
     for (int i = 0; i < OWN; i++) x[i] = load_sum(g, token, first_column + i * 256 + lane * 8);
@@ -346,6 +461,9 @@ router_kernel(const __grid_constant__ Arguments g) {
     wait_for_copies();
     cluster_wait();
   }
+  // Nothing waits for it before the logits are there. In a warm-up, where none of Triton's kernels
+  // runs, a slot is anything.
+  if (adapter >= 0 && adapter < g.num_adapters) rank = g.rank[adapter];
   if (warp < num_here) {
     const float sum = sum_of_warp(sh.squares[warp][lane % 16], 16);
     const float scale = inverse_root(fmaf(sum, 1.f / HIDDEN, g.eps));
@@ -371,7 +489,11 @@ router_kernel(const __grid_constant__ Arguments g) {
   cluster_arrive();
   if (blockIdx.x) return;
   cluster_wait();
-  if (warp < num_here) choose(g, sh, warp, token, bias);
+  float logits[WORDS] = {};
+  if (warp < num_here) add_slices(sh, warp, bias, logits);
+  if (__any_sync(ALL, rank > 0))  // all warps see the same ranks
+    add_low_rank(g, sh, adapter, rank, first_token, num_here, logits);
+  if (warp < num_here) choose(g, sh, warp, token, logits);
   __syncthreads();
   if (clusters > 1) {  // the last to arrive sorts the slots of all
     if (threadIdx.x == 0) {

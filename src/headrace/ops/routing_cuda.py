@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.ops import cuda_source, dispatch
 from headrace.ops.cuda_source import CudaKernel
+from headrace.ops.lora import MoELora
 from headrace.ops.routing import SLICE_K, RoutingBuffers
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -37,6 +38,12 @@ class Arguments(ctypes.Structure):
         ("blocks", ctypes.c_void_p),
         ("masks", ctypes.c_void_p),
         ("counter", ctypes.c_void_p),
+        ("slot_of_token", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("rank", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
         ("eps", ctypes.c_float),
         ("num_tokens", ctypes.c_int),
         ("num_experts", ctypes.c_int),
@@ -44,6 +51,7 @@ class Arguments(ctypes.Structure):
         ("block_m", ctypes.c_int),
         ("first_expert", ctypes.c_int),
         ("num_local", ctypes.c_int),
+        ("num_adapters", ctypes.c_int),
     )
 
 
@@ -86,7 +94,13 @@ def shape(hidden: int, num_experts: int) -> Shape:
     return Shape(hidden, experts, tokens, programs=-(-hidden // (2 * SLICE_K)), own=2)
 
 
-def takes(x: Tensor, norm_weight: Tensor, weight: Tensor, buffers: RoutingBuffers) -> bool:
+def takes(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    buffers: RoutingBuffers,
+    lora: MoELora | None = None,
+) -> bool:
     """Whether this kernel computes such a problem, with the bits of Triton's.
 
     Triton orders a row's squares so from 2049 to 4096 columns on.
@@ -95,7 +109,9 @@ def takes(x: Tensor, norm_weight: Tensor, weight: Tensor, buffers: RoutingBuffer
     fits = num_tokens <= MAX_TOKENS and 2048 < hidden <= 4096 and hidden % 8 == 0
     if not (fits and len(weight) <= MAX_EXPERTS and dispatch.is_hopper(x)):
         return False
-    in_16_bytes = (x, norm_weight, weight, buffers.normed, buffers.summed)
+    in_16_bytes = [x, norm_weight, weight, buffers.normed, buffers.summed]
+    if lora is not None:
+        in_16_bytes.append(lora.memory)
     limit = dispatch.gpu_limits(x.device.index).shared_memory
     return (
         all(tensor.data_ptr() % 16 == 0 for tensor in in_16_bytes)
@@ -123,6 +139,7 @@ def launch(
     block_m: int,
     renormalize: bool,
     local: range,
+    lora: MoELora | None = None,
 ) -> None:
     """Fill `buffers` as headrace.ops.routing_kernel.route does; `takes` it."""
     (num_tokens, hidden), top_k = x.shape, buffers.expert_ids.shape[1]
@@ -132,11 +149,20 @@ def launch(
         buffers.summed.data_ptr(), buffers.normed.data_ptr(), buffers.expert_ids.data_ptr(),
         buffers.expert_weights.data_ptr(), buffers.sorted.slots.data_ptr(),
         buffers.sorted.blocks.data_ptr(), buffers.histograms.data_ptr(),
-        buffers.counters.data_ptr(), eps, num_tokens, len(weight), len(buffers.sorted.blocks),
-        block_m, local.start, len(local),
+        buffers.counters.data_ptr(), *_lora_addresses(lora), eps, num_tokens, len(weight),
+        len(buffers.sorted.blocks), block_m, local.start, len(local),
+        0 if lora is None else lora.layer.router.rank.shape[1],
     )  # fmt: skip
     kernel = _kernel(cut, top_k, renormalize, x.device.index)
     kernel.launch((cut.programs, -(-num_tokens // cut.tokens)), arguments)
+
+
+def _lora_addresses(lora: MoELora | None) -> tuple[int | None, ...]:
+    if lora is None:
+        return (None,) * 6
+    site = lora.layer.router
+    tensors = (lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale)
+    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _address(tensor: Tensor | None) -> int | None:

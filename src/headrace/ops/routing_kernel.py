@@ -379,10 +379,10 @@ def route(
     check_sort(buffers, local, block_m)
     if len(x) == 0:
         return x
-    if lora is None and routing_cuda.takes(x, norm_weight, router_weight, buffers):
+    if routing_cuda.takes(x, norm_weight, router_weight, buffers, lora):
         routing_cuda.launch(
             x, residual, norm_weight, eps, router_weight, router_bias, buffers, block_m,
-            renormalize, local,
+            renormalize, local, lora,
         )  # fmt: skip
         return x if residual is None else buffers.summed
     _launch_router(
