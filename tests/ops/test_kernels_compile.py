@@ -76,7 +76,8 @@ def matmul(capability, mxfp4, first, block_m, block_n, warps, stages, lora=False
     constants = dict(
         TOP_K=4, GATHER=first, SCATTER=not first, ACTIVATION=int(first), ROW_ORDER=int(first),
         MXFP4=mxfp4, PTX=True, WIDTHS=(0, *widths), BLOCK_N=block_n, BLOCK_K=128, GROUP_M=1,
-        LORA=lora, BLOCK_R=64 if block_m <= 32 else 32, SHRINKS=shrinks, EARLY=capability == 90)
+        LORA=lora, BLOCK_R=64 if block_m <= 32 else 32, SHRINKS=shrinks,
+        BESIDE=lora and not shrinks and capability == 90, EARLY=capability == 90)
     if not lora:
         constants |= dict.fromkeys(LORA_TABLES)
     elif not shrinks:

@@ -77,9 +77,9 @@ def _wait_for_products(step):
 
     ptxas gives those of decoded weights to what comes next once the instruction is issued, and with
     adapters even those of the last one: wrong values in 5 to 30 of 1024 rows at rank 16. Without
-    adapters a younger instruction always stands between (tests/ops/test_experts_compile.py); there
-    the wait would take 4 % of the layer from 512 tokens on, here it takes 1 to 4
-    (bench/results/h100/lora_wait.csv).
+    adapters a younger instruction stands between (tests/ops/test_experts_compile.py): then nothing
+    was ever wrong, and the wait would take 4 % of the layer from 512 tokens on. With adapters it
+    takes 1 to 4 (bench/results/h100/lora_wait.csv).
     """
     tl.inline_asm_elementwise(
         "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r", [step],
@@ -208,12 +208,14 @@ def _block_of_rows(
     LORA: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SHRINKS: tl.constexpr,
+    BESIDE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """What grouped_matmul_kernel does, for BLOCK_M sorted rows or fewer of one expert."""
     row = first_row + tl.arange(0, BLOCK_M)
     row_mask = row < end_row
-    slot = tl.load(slots_ptr + row, mask=row_mask, other=0)
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""  # no wait has emptied L1
+    slot = tl.load(slots_ptr + row, mask=row_mask, other=0, cache_modifier=CACHE)
     source = slot // TOP_K if GATHER else row
     if LORA:
         adapter = adapters_of_rows(slot_of_token_ptr, slot // TOP_K, row_mask)
@@ -224,7 +226,9 @@ def _block_of_rows(
     if BLOCK_M <= 64:
         bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
         if SCATTER:
-            slot_weight = tl.load(slot_weights_ptr + slot, mask=row_mask, other=0.0)
+            slot_weight = tl.load(
+                slot_weights_ptr + slot, mask=row_mask, other=0.0, cache_modifier=CACHE
+            )
     k = tl.arange(0, BLOCK_K)[:, None]
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * in_features + k
     if MXFP4:
@@ -245,9 +249,11 @@ def _block_of_rows(
         column = n if ROW_ORDER == 2 else tile_row
         if SHRINKS > 0:
             wait_for_shrink(blocks_ptr, block, adapter, SHRINKS, GATHER)
+        if BESIDE:
+            gdc_wait()
         acc = add_low_rank(
             acc, adapter, slot, column, expert, u_ptr, 0, max_rank, memory_ptr, b_ptr, rank_ptr,
-            scale_ptr, out_features, 1, BLOCK_R, ROW_ORDER == 1, SHRINKS > 0,
+            scale_ptr, out_features, 1, BLOCK_R, ROW_ORDER == 1, BESIDE or SHRINKS > 0,
         )  # fmt: skip
     if BLOCK_M > 64:
         bias = tl.load(bias_ptrs, mask=n < out_features, other=0.0)
@@ -314,6 +320,7 @@ def grouped_matmul_kernel(
     LORA: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SHRINKS: tl.constexpr,  # programs of a block that fill u, before all others; 0: it is filled
+    BESIDE: tl.constexpr,  # u is of the kernel before, which has waited for all else
     EARLY: tl.constexpr,  # sm_90: launched before the kernel before it has ended
 ):
     """out[row, n] = f(sum_k w[n, k] x[row, k] + delta[row, n] + bias[n]).
@@ -338,11 +345,12 @@ def grouped_matmul_kernel(
     in_group = pid - group * programs_n * GROUP_M
     block = group * GROUP_M + in_group % group_rows
     pid_n = in_group // group_rows
-    if EARLY:
+    if EARLY and not BESIDE:
         gdc_wait()
-    expert = tl.load(blocks_ptr + block * 4)
-    first_row = tl.load(blocks_ptr + block * 4 + 1)
-    end_row = tl.load(blocks_ptr + block * 4 + 2)
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""
+    expert = tl.load(blocks_ptr + block * 4, cache_modifier=CACHE)
+    first_row = tl.load(blocks_ptr + block * 4 + 1, cache_modifier=CACHE)
+    end_row = tl.load(blocks_ptr + block * 4 + 2, cache_modifier=CACHE)
     if expert >= 0:
         rows = end_row - first_row
         for i in tl.static_range(1, len(WIDTHS)):
@@ -353,8 +361,10 @@ def grouped_matmul_kernel(
                     in_features, out_stride, weight_factor, alpha, limit, slot_of_token_ptr, u_ptr,
                     memory_ptr, b_ptr, rank_ptr, scale_ptr, max_rank, TOP_K, GATHER, SCATTER,
                     ACTIVATION, ROW_ORDER, MXFP4, PTX, WIDTHS[i], BLOCK_N, BLOCK_K, LORA, BLOCK_R,
-                    SHRINKS, EARLY,
+                    SHRINKS, BESIDE, EARLY,
                 )  # fmt: skip
+    elif BESIDE:
+        gdc_wait()
 
 
 def grouped_matmul(
@@ -374,8 +384,9 @@ def grouped_matmul(
 ) -> Tensor:
     """out[row] = activation(W_e x[row] + delta[row] + b_e), times slot_weights if given.
 
-    delta is what `low_rank` adds, from `shrink_experts` of the same x and slots. For few rows this
-    launch computes u too: then it may be called once with gather and once without after each sort.
+    delta is what `low_rank` adds, from `shrink_experts` of the same x and slots, the launch before:
+    this one starts beside it and waits for u at its end. For few rows this launch computes u too:
+    then it may be called once with gather and once without after each sort.
 
     With gather, x has a row per token; otherwise a row per sorted slot, as a first call wrote it.
     """
@@ -391,6 +402,8 @@ def grouped_matmul(
     early = dispatch.is_hopper(x)
     num_blocks = slots.blocks.shape[0]
     shrinks = shrink_programs(low_rank)
+    # with nothing to fill, shrink_experts launches nothing
+    beside = early and low_rank is not None and not shrinks and low_rank.u.numel() > 0
     # five programs of 96 registers on an SM: 98.5 us a layer at 4 tokens, 104 with four of 120
     # (bench/results/h100/lora_ways.csv)
     few = early and shrinks and (tile.block_m, tile.block_n) == (16, 64)
@@ -426,6 +439,7 @@ def grouped_matmul(
         LORA=low_rank is not None,
         BLOCK_R=0 if low_rank is None else rank_tile(low_rank.u, tile.block_m),
         SHRINKS=shrinks,
+        BESIDE=beside,
         EARLY=early,
         maxnreg=96 if few else None,
         num_warps=tile.num_warps,
