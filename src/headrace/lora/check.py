@@ -28,6 +28,7 @@ from headrace.ops.lora import (
 )
 
 ROWS = 4  # the last one has no adapter, and must stay as it is
+Kind = tuple[object, ...]  # of site
 # Share of the largest value of a delta. In bfloat16 x A^T and y are rounded to 8 bits each.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -37,16 +38,23 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
 
     Returns a line for the log. Raises ConfigError naming the target that is worst, if it is wrong.
     """
-    errors: dict[str, float] = {}
+    rows = rows_of_slot(weights, slot)
+    trials: dict[Kind, Trial] = {}
     found: list[tuple[Tensor, Future[Tensor], LoraSite, Site]] = []
     for site, targets in zip(sites_of(weights), sites, strict=True):
         factors = [adapter.factors.get(t.key) for t in targets.targets]
         if any(factors):
-            trial = try_site(site, weights, slot)
-            expected = helpers().submit(expected_deltas, trial, factors, site.widths)
-            found.append((trial.got, expected, site, targets))  # meanwhile the device goes on
-    for got, expected, site, targets in found:
-        errors |= errors_of(got, expected.result(), targets, site.widths)
+            kind = kind_of(site, weights)
+            if kind not in trials:
+                trials[kind] = make_trial(site, weights)
+            got = try_site(site, weights, rows, trials[kind])
+            expected = helpers().submit(expected_deltas, trials[kind], factors, site.widths)
+            found.append((got, expected, site, targets))  # meanwhile the device goes on
+    errors: dict[str, float] = {}
+    on_host = torch.cat([got.flatten() for got, *_ in found]).cpu()  # in one copy
+    sizes = [got.numel() for got, *_ in found]
+    for values, (got, expected, site, targets) in zip(on_host.split(sizes), found, strict=True):
+        errors |= errors_of(values.view(got.shape), expected.result(), targets, site.widths)
     worst = max(errors, key=lambda key: errors[key])
     tolerance = TOLERANCE[weights.memory.dtype]
     text = f"self-check of {len(errors)} targets: largest error {errors[worst]:.1e} of a delta"
@@ -57,9 +65,9 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
 
 def dry_run(weights: LoraWeights) -> None:
     """Launch what checks launch, for whoever compiles kernels before they are needed."""
-    kinds = {(s.in_features, s.widths, s.num_experts): s for s in sites_of(weights)}
+    kinds = {kind_of(site, weights): site for site in sites_of(weights)}
     for site in kinds.values():
-        try_site(site, weights, slot=0)
+        try_site(site, weights, rows_of_slot(weights, 0), make_trial(site, weights))
 
 
 def sites_of(weights: LoraWeights) -> list[LoraSite]:
@@ -68,41 +76,55 @@ def sites_of(weights: LoraWeights) -> list[LoraSite]:
     return [weights.embedding, *layers, weights.lm_head]
 
 
+def kind_of(site: LoraSite, weights: LoraWeights) -> Kind:
+    """Sites of a kind are asked the same, by the same kernels."""
+    ends = site is weights.embedding, site is weights.lm_head
+    return (site.in_features, site.widths, site.num_experts, *ends)
+
+
+def rows_of_slot(weights: LoraWeights, slot: int) -> LoraRows:
+    """All rows but the last have the adapter."""
+    slots = np.array([slot] * (ROWS - 1) + [-1], dtype=np.int32)
+    arrays = row_arrays(slots, weights.lm_head.rank.shape[1])
+    return LoraRows(*(torch.from_numpy(array).to(weights.memory.device) for array in arrays))
+
+
 @dataclass(frozen=True)
 class Trial:
-    """What a site's ops got, and what they added to zeros."""
+    """What the ops of sites of one kind get; each on the host, then on the device."""
 
-    x: Tensor  # [ROWS, in_features]; of the embedding, [ROWS] tokens
-    experts: Tensor  # [ROWS]
-    got: Tensor  # [ROWS, sum(widths)] float64
+    x: tuple[Tensor, Tensor]  # [ROWS, in_features]; of the embedding, [ROWS] tokens
+    experts: tuple[Tensor, Tensor]  # [ROWS]
 
 
-def try_site(site: LoraSite, weights: LoraWeights, slot: int) -> Trial:
-    """Run the ops for a random x, on the current stream."""
-    memory = weights.memory
-    device, dtype = memory.device, memory.dtype
+def make_trial(site: LoraSite, weights: LoraWeights) -> Trial:
+    """A random one, the same for each site of a kind."""
+    device, dtype = weights.memory.device, weights.memory.dtype
     generator = torch.Generator().manual_seed(sum(site.widths))
-    slots = np.array([slot] * (ROWS - 1) + [-1], dtype=np.int32)
-    arrays = row_arrays(slots, site.rank.shape[1])
-    rows = LoraRows(*(torch.from_numpy(array).to(device) for array in arrays))
-    # logits are float32
-    y_dtype = torch.float32 if site is weights.lm_head else dtype
-    y = torch.zeros(ROWS, sum(site.widths), dtype=y_dtype, device=device)
-    # sized as in a step: other sizes would be other kernels
-    parts = own_parts(site, ROWS, device, weights.max_rank) if dispatch.takes_kernel(y) else None
     experts = torch.randint(site.num_experts, (ROWS,), generator=generator)
     if site is weights.embedding:
         x = torch.randint(site.in_features, (ROWS,), generator=generator)
-        add_lora_embedding(y, x.to(device), site, memory, rows, parts)
     else:
         x = torch.randn(ROWS, site.in_features, generator=generator).to(dtype)
-        on_device = x.to(device)
-        if site.num_experts > 1:
-            where = experts.to(device), rows.slot_of_row
-            add_expert_lora(y, on_device, *where, site, memory, parts)
-        else:
-            add_lora(y, on_device, site, memory, rows, parts)
-    return Trial(x, experts, y.double().cpu())
+    return Trial((x, x.to(device)), (experts, experts.to(device)))
+
+
+def try_site(site: LoraSite, weights: LoraWeights, rows: LoraRows, trial: Trial) -> Tensor:
+    """What the ops add to zeros, on the current stream: [ROWS, sum(widths)] float64."""
+    memory, x = weights.memory, trial.x[1]
+    # logits are float32
+    y_dtype = torch.float32 if site is weights.lm_head else memory.dtype
+    y = torch.zeros(ROWS, sum(site.widths), dtype=y_dtype, device=memory.device)
+    # sized as in a step: other sizes would be other kernels
+    on_gpu = dispatch.takes_kernel(y)
+    parts = own_parts(site, ROWS, memory.device, weights.max_rank) if on_gpu else None
+    if site is weights.embedding:
+        add_lora_embedding(y, x, site, memory, rows, parts)
+    elif site.num_experts > 1:
+        add_expert_lora(y, x, trial.experts[1], rows.slot_of_row, site, memory, parts)
+    else:
+        add_lora(y, x, site, memory, rows, parts)
+    return y.double()
 
 
 def expected_deltas(
@@ -110,17 +132,20 @@ def expected_deltas(
     factors: Sequence[Factors | None],  # of each segment
     widths: Sequence[int],
 ) -> Tensor:
-    """scale (x A_e^T) B_e in float64, and 0 for the last row."""
-    expected = trial.got.new_zeros(ROWS, sum(widths))
+    """scale (x A_e^T) B_e in float64, and 0 for the last row: [ROWS, sum(widths)]."""
+    x, experts = (on_host[: ROWS - 1] for on_host, _ in (trial.x, trial.experts))
+    expected = torch.zeros(ROWS, sum(widths), dtype=torch.float64)
     for f, part in zip(factors, expected.split(list(widths), 1), strict=True):
         if f is None:
             continue
-        for expert in trial.experts[: ROWS - 1].unique().tolist():
-            rows = (trial.experts == expert).nonzero().flatten()
-            x, a, b = trial.x[rows], f.a[expert], f.b[expert]
+        if len(f.a) > 1:  # all at once: each operation takes Python from the thread of the steps
+            shrunk = f.a[experts].double() @ x.double()[:, :, None]
+            delta = (shrunk.mT @ f.b[experts].double())[:, 0]
+        else:
+            a, b = f.a[0], f.b[0]
             shrunk = x.double() @ a.double().T if x.ndim > 1 else a[:, x].double().T
-            part[rows] = shrunk @ b.double() * f.scale
-    expected[ROWS - 1] = 0
+            delta = shrunk @ b.double()
+        part[: ROWS - 1] = delta * f.scale
     return expected
 
 
