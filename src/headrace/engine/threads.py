@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 SMALL_CHECKPOINT = 256 * 2**20  # bytes; a matmul of such a model ends sooner than threads can meet
-SWITCH_INTERVAL = 2e-4  # seconds; Python's default is 5 ms
+SWITCH_INTERVAL = 1e-4  # seconds; Python's default is 5 ms
 
 
 def set_cpu_threads(checkpoint: Path) -> None:
@@ -26,7 +26,7 @@ def set_cpu_threads(checkpoint: Path) -> None:
 
 
 def share_python() -> None:
-    """Let a thread that wants Python wait for 0.2 ms at most, in this process.
+    """Let a thread that wants Python wait for 0.1 ms at most, in this process.
 
     A step of 2 ms or more takes Python several times, and a thread that loads an adapter would give
     it back only after 5 ms each time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from headrace.ops.lora import (
 )
 
 ROWS = 4  # the last one has no adapter, and must stay as it is
+PAUSE = 0.001  # seconds without Python after each site, for the thread of the steps
 Kind = tuple[object, ...]  # of site
 # Share of the largest value of a delta. In bfloat16 x A^T and y are rounded to 8 bits each.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -50,8 +52,12 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
             got = try_site(site, weights, rows, trials[kind])
             expected = helpers().submit(expected_deltas, trials[kind], factors, site.widths)
             found.append((got, expected, site, targets))  # meanwhile the device goes on
+            time.sleep(PAUSE)
     errors: dict[str, float] = {}
-    on_host = torch.cat([got.flatten() for got, *_ in found]).cpu()  # in one copy
+    on_host = torch.cat([got.flatten() for got, *_ in found])
+    if on_host.is_cuda:  # a copy that had to wait would hold up every launch of the process
+        torch.cuda.current_stream().synchronize()
+    on_host = on_host.cpu()
     sizes = [got.numel() for got, *_ in found]
     for values, (got, expected, site, targets) in zip(on_host.split(sizes), found, strict=True):
         errors |= errors_of(values.view(got.shape), expected.result(), targets, site.widths)

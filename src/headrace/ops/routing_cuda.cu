@@ -15,7 +15,9 @@
 constexpr int THREADS = 512, MAX_TOKENS = 128;
 constexpr int FEW = 2;  // up to so many tokens every program sums the squares of whole rows itself
 constexpr int SLICES = PROGRAMS * OWN, WORDS = EXPERTS / 32;  // expert e: bit e % 32 of word e / 32
-constexpr int RANKS = OWN * 256;  // of a token's x A^T that have room in the place of x
+constexpr int RANKS = 512;  // of a token's x A^T that are multiplied with B at once
+// of 8 ranks of a factor A, a program's columns of them, that have room in the place of the weight
+constexpr int TILES = EXPERTS / 8;
 // bytes of a row in shared memory: 16 more than its data, so that ldmatrix meets each bank once
 constexpr int W_PITCH = 512 + 16, X_PITCH = OWN * 512 + 16;
 constexpr unsigned ALL = ~0u;
@@ -40,7 +42,11 @@ struct Arguments {  // as in routing_cuda.py; bf16 as its bits
 
 struct Shared {
   float squares[TOKENS][16];
-  float logits[SLICES][TOKENS][EXPERTS];  // the slices' parts of them; the first program's is used
+  union {
+    float logits[SLICES][TOKENS][EXPERTS];  // the slices' parts; the first program's is used
+    unsigned u[TOKENS][RANKS / 2];          // then there: the adapters' x A^T, pairs of bf16
+    float sums[2][TILES][4][32];  // in the others: x A^T over the columns of the programs before
+  };
   unsigned masks[MAX_TOKENS][WORDS];
   int experts[MAX_TOKENS * TOP_K];
   unsigned tokens[MAX_TOKENS / 32][EXPERTS];  // those that go to an expert, as bits
@@ -52,6 +58,7 @@ struct Shared {
 static_assert(sizeof(Shared) <= SHARED_BYTES, "SHARED_BYTES");
 static_assert(SLICES <= 16 && SLICES * 256 >= HIDDEN && HIDDEN % 8 == 0, "HIDDEN");
 static_assert(WORDS * 32 == EXPERTS && WORDS <= 4 && TOKENS <= 16, "EXPERTS, TOKENS");
+static_assert(TILES * 8 * X_PITCH <= OWN * EXPERTS * W_PITCH && PROGRAMS > 1, "TILES");
 
 // ---- instructions
 
@@ -136,6 +143,15 @@ __device__ T sum_of_warp(T v, int lanes = 32) {
   return v;
 }
 
+// v of this lane and those below it.
+__device__ int sum_up_to_lane(int v) {
+  for (int far = 1; far < 32; far *= 2) {
+    const int below = __shfl_up_sync(ALL, v, far);
+    if (threadIdx.x % 32 >= far) v += below;
+  }
+  return v;
+}
+
 // x + residual, rounded, of 8 columns of a token; zeros from HIDDEN on.
 __device__ uint4 load_sum(const Arguments &g, int token, int column) {
   if (column >= HIDDEN) return make_uint4(0, 0, 0, 0);
@@ -201,33 +217,126 @@ __device__ void add_slices(const Shared &sh, int here, const float (&bias)[WORDS
   }
 }
 
-// u = scale (x A^T), rounded, of 8 ranks from first_r + place on: into the place of x, for the
-// tokens in `mine`. Of rows that do not exist the last that does is read; ranks from `rank` on
-// get zeros.
-__device__ void shrink(const Arguments &g, Shared &sh, int adapter, int rank, int first_r,
-                       int place, unsigned mine, int first_token, int num_here) {
-  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2, r = first_r + place;
-  const unsigned short *factor = g.memory + g.a[adapter], *x = g.normed + first_token * HIDDEN;
-  if (lane == 0 && r < rank) prefetch(factor + r * HIDDEN, min(8, rank - r) * HIDDEN * 2);
-  const unsigned short *a = factor + min(r + row, rank - 1) * HIDDEN + column;
-  const unsigned short *x0 = x + min(row, num_here - 1) * HIDDEN + column;
-  const unsigned short *x8 = x + min(row + 8, num_here - 1) * HIDDEN + column;
-  float acc[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 6
-  for (int k = 0; k < HIDDEN; k += 16) {
-    const bool whole = HIDDEN % 16 == 0 || k + 8 < HIDDEN;
-    const unsigned rows[4] = {pair(x0 + k), pair(x8 + k), whole ? pair(x0 + k + 8) : 0,
-                              whole ? pair(x8 + k + 8) : 0};
-    multiply_add(acc, rows, pair(a + k), whole ? pair(a + k + 8) : 0);
+struct Tile {  // 8 ranks of an adapter
+  const unsigned short *a;
+  int num_ranks;    // of the adapter from the first of these on
+  int place;        // in u
+  unsigned tokens;  // that have the adapter
+  float scale;
+};
+
+// The tiles of each adapter from rank first_r on. An adapter is at the lane of its first token.
+struct Tiles {
+  long long a;
+  int rank, first_r, first, end;  // the adapter has the tiles from first to end, if any
+  unsigned tokens;
+  float scale;
+
+  __device__ Tiles(const Arguments &g, int adapter, int rank, int first_r)
+      : rank(rank), first_r(first_r) {
+    tokens = __match_any_sync(ALL, adapter);
+    const bool here = rank > first_r && __ffs(tokens) - 1 == threadIdx.x % 32;
+    const int tiles = here ? (min(rank - first_r, RANKS) + 15) / 16 * 2 : 0;  // `expand` takes 16
+    end = sum_up_to_lane(tiles);
+    first = end - tiles;
+    a = here ? g.a[adapter] : 0;
+    scale = here ? g.scale[adapter] : 0.f;
   }
-  const float scale = g.scale[adapter];
+  __device__ int count() const { return __shfl_sync(ALL, end, 31); }
+  __device__ Tile get(const Arguments &g, int index) const {  // index < count()
+    const int lane = __ffs(__ballot_sync(ALL, end > index)) - 1;
+    const int place = (index - __shfl_sync(ALL, first, lane)) * 8;
+    return {g.memory + __shfl_sync(ALL, a, lane) + (first_r + place) * HIDDEN,
+            __shfl_sync(ALL, rank, lane) - first_r - place, place,
+            __shfl_sync(ALL, tokens, lane), __shfl_sync(ALL, scale, lane)};
+  }
+};
+
+// This program's columns of a tile, to its warp's part of the weight's place; zeros for ranks and
+// columns that do not exist.
+__device__ void load_tile(Shared &sh, const Tile &tile) {
+  char *to = sh.weight + threadIdx.x / 32 * 8 * X_PITCH;
+  for (int i = threadIdx.x % 32; i < 8 * OWN * 32; i += 32) {
+    const int row = i / (OWN * 32), part = i % (OWN * 32) * 8;
+    const int column = blockIdx.x * OWN * 256 + part;
+    const bool exists = row < tile.num_ranks && column < HIDDEN;
+    copy_async(to + row * X_PITCH + part * 2, tile.a + (exists ? row * HIDDEN + column : 0),
+               exists ? 16 : 0);
+  }
+}
+
+// sums += x A^T of this warp's tile, over this program's columns. Of tokens that do not exist the
+// last that does is read.
+__device__ void multiply_tile(const Shared &sh, int num_here, float (&sums)[4]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const char *x = sh.x + min(lane % 16, num_here - 1) * X_PITCH + lane / 16 * 16;
+  const char *a = sh.weight + (warp * 8 + lane % 8) * X_PITCH + lane / 8 * 16;
+  const int end = min(OWN * 256, HIDDEN - (int)blockIdx.x * OWN * 256);
+#pragma unroll 4
+  for (int k = 0; k < end; k += 32) {  // columns from HIDDEN on are zeros
+    unsigned rows[4], ranks[4];
+    load_matrices(ranks, a + k * 2);
+    load_matrices(rows, x + k * 2);
+    multiply_add(sums, rows, ranks[0], ranks[1]);
+    load_matrices(rows, x + k * 2 + 32);
+    multiply_add(sums, rows, ranks[2], ranks[3]);
+  }
+}
+
+// u = scale sums, rounded, of a tile, to the first program.
+__device__ void store_tile(Shared &sh, const Tile &tile, const float (&sums)[4]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int here = row + i * 8;
-    const float even = r + column < rank ? acc[i * 2] * scale : 0.f;
-    const float odd = r + column + 1 < rank ? acc[i * 2 + 1] * scale : 0.f;
-    if (mine >> here & 1)
-      *(unsigned *)(sh.x + here * X_PITCH + (place + column) * 2) = bf16_pair(even, odd);
+    const int here = lane / 4 + i * 8;
+    const unsigned u = bf16_pair(sums[i * 2] * tile.scale, sums[i * 2 + 1] * tile.scale);
+    if (tile.tokens >> here & 1)
+      store_in_program(0, (float *)&sh.u[here][tile.place / 2 + lane % 4], __uint_as_float(u));
+  }
+}
+
+// u = scale (x A^T), rounded, of up to RANKS ranks from first_r on, to the first program.
+//
+// The sum over the columns has one order: TILES tiles at once, a warp each, go from program to
+// program, and each adds its columns to the sums of the one before. In round r program p has the
+// tiles from (r - p) TILES on; a barrier of the cluster ends it.
+__device__ void shrink(const Arguments &g, Shared &sh, int adapter, int rank, int first_r,
+                       int num_here) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, program = blockIdx.x;
+  const Tiles tiles(g, adapter, rank, first_r);
+  const int count = tiles.count(), rounds = (count + TILES - 1) / TILES + PROGRAMS - 1;
+  int index = warp < TILES ? warp : count;  // of this warp's tile
+  Tile tile;
+  if (index < count) load_tile(sh, tile = tiles.get(g, index));
+  for (int i = program * (THREADS / 32) + warp; i < count; i += PROGRAMS * (THREADS / 32)) {
+    const Tile whole = tiles.get(g, i);  // to L2, before a round asks for it
+    if (lane == 0 && whole.num_ranks > 0)
+      prefetch(whole.a, min(whole.num_ranks, 8) * HIDDEN * 2);
+  }
+  for (int round = 0; round < rounds; round++) {
+    wait_for_copies();
+    __syncwarp();
+    if (round >= program && index < count) {
+      float sums[4] = {};
+      if (program > 0) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] = sh.sums[round % 2][warp][i][lane];
+      }
+      multiply_tile(sh, num_here, sums);
+      if (program < PROGRAMS - 1) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          store_in_program(program + 1, &sh.sums[(round + 1) % 2][warp][i][lane], sums[i]);
+      } else {
+        store_tile(sh, tile, sums);
+      }
+      __syncwarp();  // all lanes have read the place of the tile
+      index += TILES;
+      if (index < count) load_tile(sh, tile = tiles.get(g, index));
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
@@ -235,7 +344,7 @@ __device__ void shrink(const Arguments &g, Shared &sh, int adapter, int rank, in
 __device__ void expand(const Arguments &g, const Shared &sh, int adapter, int first_r,
                        int num_ranks, float (&logits)[WORDS]) {
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-  const char *u = sh.x + threadIdx.x / 32 * X_PITCH + column * 2;
+  const unsigned *u = sh.u[threadIdx.x / 32] + lane % 4;
   const unsigned short *b = g.memory + g.b[adapter] + first_r * g.num_experts;
 #pragma unroll
   for (int w = 0; w < WORDS; w++) {
@@ -248,10 +357,9 @@ __device__ void expand(const Arguments &g, const Shared &sh, int adapter, int fi
       const float even = __shfl_sync(ALL, logits[w], first + column);
       const float odd = __shfl_sync(ALL, logits[w], first + column + 1);
       float acc[4] = {even, odd, even, odd};  // every row of the product is this token
-#pragma unroll 2
+#pragma unroll 4
       for (int k = 0; k < num_ranks; k += 16) {
-        const unsigned *pairs = (const unsigned *)(u + k * 2);
-        const unsigned rows[4] = {pairs[0], pairs[0], pairs[4], pairs[4]};
+        const unsigned rows[4] = {u[k / 2], u[k / 2], u[k / 2 + 4], u[k / 2 + 4]};
         const int r = k + column;
         multiply_add(acc, rows, b_of(r) | b_of(r + 1) << 16, b_of(r + 8) | b_of(r + 9) << 16);
       }
@@ -265,30 +373,17 @@ __device__ void expand(const Arguments &g, const Shared &sh, int adapter, int fi
 // logits += scale (normed A^T) B of this warp's token, if its adapter changes the router.
 //
 // Lane i has the adapter and the rank of token i; rank 0: none, or it leaves the router alone.
-// Warps share the ranks of each adapter, for all its tokens at once, then take a token each.
-__device__ void add_low_rank(const Arguments &g, Shared &sh, int adapter, int rank,
-                             int first_token, int num_here, float (&logits)[WORDS]) {
+// The whole cluster multiplies with A, the first program with B.
+__device__ void add_low_rank(const Arguments &g, Shared &sh, int adapter, int rank, int num_here,
+                             float (&logits)[WORDS]) {
   const int warp = threadIdx.x / 32;
   const int own = __shfl_sync(ALL, adapter, warp), own_rank = __shfl_sync(ALL, rank, warp);
-  const unsigned alike = __match_any_sync(ALL, adapter);
   const int largest = __reduce_max_sync(ALL, rank);
   for (int first_r = 0; first_r < largest; first_r += RANKS) {
-    int tile = warp;  // adapter after adapter, tiles of 8 ranks go round the warps
-    unsigned left = __ballot_sync(ALL, rank > first_r);
-    while (left) {
-      const int here = __ffs(left) - 1, its_rank = __shfl_sync(ALL, rank, here);
-      const int its = __shfl_sync(ALL, adapter, here);
-      const unsigned mine = __shfl_sync(ALL, alike, here);
-      const int tiles = (min(its_rank - first_r, RANKS) + 15) / 16 * 2;  // `expand` takes 16
-      for (; tile < tiles; tile += THREADS / 32)
-        shrink(g, sh, its, its_rank, first_r, tile * 8, mine, first_token, num_here);
-      tile -= tiles;
-      left &= ~mine;
-    }
-    __syncthreads();
-    if (own_rank > first_r)
+    shrink(g, sh, adapter, rank, first_r, num_here);
+    if (blockIdx.x == 0 && own_rank > first_r)
       expand(g, sh, own, first_r, min(own_rank - first_r, RANKS), logits);
-    __syncthreads();
+    __syncwarp();
   }
 }
 
@@ -353,11 +448,7 @@ __device__ void write_blocks(const Arguments &g, Shared &sh) {
     int count = 0;
     for (int i = 0; i < MAX_TOKENS / 32; i++) count += __popc(sh.tokens[i][expert]);
     const int own = (count + g.block_m - 1) / g.block_m;
-    int sum = count | own << 16;  // both at once
-    for (int far = 1; far < 32; far *= 2) {
-      const int below = __shfl_up_sync(ALL, sum, far);
-      if (lane >= far) sum += below;
-    }
+    const int sum = sum_up_to_lane(count | own << 16);  // both at once
     const int first = rows + (sum & 0xffff) - count, end = first + count;
     int4 *block = g.blocks + blocks + (sum >> 16) - own;
     sh.first_row[expert] = first;
@@ -487,12 +578,14 @@ router_kernel(const __grid_constant__ Arguments g) {
   }
   __syncwarp();
   cluster_arrive();
-  if (blockIdx.x) return;
+  if (blockIdx.x && !__any_sync(ALL, rank > 0)) return;  // the whole cluster sees the same ranks
   cluster_wait();
   float logits[WORDS] = {};
-  if (warp < num_here) add_slices(sh, warp, bias, logits);
-  if (__any_sync(ALL, rank > 0))  // all warps see the same ranks
-    add_low_rank(g, sh, adapter, rank, first_token, num_here, logits);
+  if (blockIdx.x == 0 && warp < num_here) add_slices(sh, warp, bias, logits);
+  if (__any_sync(ALL, rank > 0)) {
+    add_low_rank(g, sh, adapter, rank, num_here, logits);
+    if (blockIdx.x) return;
+  }
   if (warp < num_here) choose(g, sh, warp, token, logits);
   __syncthreads();
   if (clusters > 1) {  // the last to arrive sorts the slots of all
