@@ -40,27 +40,27 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
 
     Returns a line for the log. Raises ConfigError naming the target that is worst, if it is wrong.
     """
-    rows = rows_of_slot(weights, slot)
-    trials: dict[Kind, Trial] = {}
-    found: list[tuple[Tensor, Future[Tensor], LoraSite, Site]] = []
+    asked = []
     for site, targets in zip(sites_of(weights), sites, strict=True):
         factors = [adapter.factors.get(t.key) for t in targets.targets]
         if any(factors):
-            kind = kind_of(site, weights)
-            if kind not in trials:
-                trials[kind] = make_trial(site, weights)
-            got = try_site(site, weights, rows, trials[kind])
-            expected = helpers().submit(expected_deltas, trials[kind], factors, site.widths)
-            found.append((got, expected, site, targets))  # meanwhile the device goes on
-            time.sleep(PAUSE)
+            asked.append((site, targets, factors))
+    _finish_stream(weights)
+    rows = rows_of_slot(weights, slot)
+    trials = {kind: make_trial(site, weights) for kind, site in kinds_of(weights).items()}
+    got: list[Tensor] = []
+    expected: list[Future[Tensor]] = []
+    for site, _, factors in asked:
+        trial = trials[kind_of(site, weights)]
+        got.append(try_site(site, weights, rows, trial))
+        expected.append(helpers().submit(expected_deltas, trial, factors, site.widths))
+        time.sleep(PAUSE)  # meanwhile the device goes on
+    added = torch.cat([delta.flatten() for delta in got])
+    _finish_stream(weights)
     errors: dict[str, float] = {}
-    on_host = torch.cat([got.flatten() for got, *_ in found])
-    if on_host.is_cuda:  # a copy that had to wait would hold up every launch of the process
-        torch.cuda.current_stream().synchronize()
-    on_host = on_host.cpu()
-    sizes = [got.numel() for got, *_ in found]
-    for values, (got, expected, site, targets) in zip(on_host.split(sizes), found, strict=True):
-        errors |= errors_of(values.view(got.shape), expected.result(), targets, site.widths)
+    parts = added.cpu().split([delta.numel() for delta in got])
+    for part, future, (site, targets, _) in zip(parts, expected, asked, strict=True):
+        errors |= errors_of(part.view(ROWS, -1), future.result(), targets, site.widths)
     worst = max(errors, key=lambda key: errors[key])
     tolerance = TOLERANCE[weights.memory.dtype]
     text = f"self-check of {len(errors)} targets: largest error {errors[worst]:.1e} of a delta"
@@ -69,10 +69,19 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
     return text
 
 
+def _finish_stream(weights: LoraWeights) -> None:
+    """Wait for the current stream.
+
+    A copy to or from memory that is not pinned would do so, too, and hold up every launch of the
+    process meanwhile: for 10 ms, when it waited for a check's kernels beside steps.
+    """
+    if weights.memory.is_cuda:
+        torch.cuda.current_stream().synchronize()
+
+
 def dry_run(weights: LoraWeights) -> None:
     """Launch what checks launch, for whoever compiles kernels before they are needed."""
-    kinds = {kind_of(site, weights): site for site in sites_of(weights)}
-    for site in kinds.values():
+    for site in kinds_of(weights).values():
         try_site(site, weights, rows_of_slot(weights, 0), make_trial(site, weights))
 
 
@@ -86,6 +95,11 @@ def kind_of(site: LoraSite, weights: LoraWeights) -> Kind:
     """Sites of a kind are asked the same, by the same kernels."""
     ends = site is weights.embedding, site is weights.lm_head
     return (site.in_features, site.widths, site.num_experts, *ends)
+
+
+def kinds_of(weights: LoraWeights) -> dict[Kind, LoraSite]:
+    """One site of each kind."""
+    return {kind_of(site, weights): site for site in sites_of(weights)}
 
 
 def rows_of_slot(weights: LoraWeights, slot: int) -> LoraRows:
