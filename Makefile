@@ -11,7 +11,7 @@ serve: $(VENV)/.serve
 	$(BIN)/headrace serve --port $(PORT)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 TIKTOKEN_ENCODINGS_BASE=$(VENV)/o200k $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TIKTOKEN_ENCODINGS_BASE=$(VENV)/o200k $(BIN)/python -m pytest -n 2
 
 # On a GPU machine, with the Python that is there (it has its own CUDA torch).
 test-gpu:
