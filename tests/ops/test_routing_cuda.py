@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from tests.ops.test_lora_kernel import Adapters, rows_of
 from tests.ops.test_routing_kernel import Router
 
 gpu = pytest.mark.gpu
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +33,7 @@ def test_it_compiles_and_fits(hidden, num_experts, top_k, tmp_path, monkeypatch)
     defines = routing_cuda.shape(hidden, num_experts).defines(top_k, renormalize=True)
     cubin = tmp_path / "k.cubin"
     cubin.write_bytes(cuda_source.compile_source(routing_cuda.SOURCE, "sm_90", defines))
-    command = [CUOBJDUMP, "-res-usage", cubin]
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
     usage = subprocess.run(command, capture_output=True, text=True).stdout
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assert found["REG"] * routing_cuda.NUM_THREADS <= 65536 // 2

@@ -79,12 +79,12 @@ def _fastest(problem: Problem) -> MoETiles:
     """
     rows = problem.num_slots / problem.num_experts
     if rows <= 8:
-        # 128 x 16 leads where many experts are hit (524 against 539 us at 128 experts, 64 tokens);
-        # with fewer there are too few programs: 17.0 against 20.7 us for gate_up at one token
         if problem.memory_tb_per_s > 4 and problem.num_slots >= 16:
             # an H200: both matmuls 7 to 9 % faster than 64 wide at 16 to 64 tokens
             tile = Tile(16, 128, num_stages=5)
             return MoETiles(tile, tile)
+        # 128 x 16 leads where many experts are hit (524 against 539 us at 128 experts, 64 tokens);
+        # with fewer there are too few programs: 17.0 against 20.7 us for gate_up at one token
         wide = min(problem.num_slots, problem.num_experts) > 64
         return MoETiles(Tile(16, 128 if wide else 64), Tile(16, 64))
     if rows <= 16:
