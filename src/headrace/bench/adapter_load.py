@@ -1,6 +1,8 @@
 """How long an adapter takes to load, and what the requests that run meanwhile feel of it.
 
 A gap is the time between two steps' news: what a user who streams would see between two tokens.
+Gaps during which the whole machine was slow (`headrace.bench.witness`) are counted apart, and the
+same is measured before each load, for about as long.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rich.table import Table
 from headrace.bench.latency import device_name, random_prompts
 from headrace.bench.results import write_csv
 from headrace.bench.synth_adapter import write_adapter
+from headrace.bench.witness import Interval, Witness, overlap
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, LoadAdapter, SamplingParams, UnloadAdapter
@@ -26,8 +29,8 @@ from headrace.engine.threads import share_python
 from headrace.models.config import read_config
 
 PROMPT = 128  # tokens
-QUIET_STEPS = 200  # before each load
-NUM_RUNS = 3  # the first also takes memory that the others find
+QUIET_STEPS = 400  # before each load; it and the copy that is kept take about as many
+NUM_RUNS = 8  # the first also takes memory that the others find
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,31 @@ class LoadRow:
     run: int
     load_s: float  # until requests may name it
     quiet_gap_ms: float  # median before the load
+    quiet_worst_ms: float
     loading_gap_ms: float  # median during the load
     worst_gap_ms: float  # during the load, and until its CPU copy is made
-    worst_to_quiet: float
+    slow_gaps: int  # meanwhile, that are not in the worst: the machine was slow
+    slow_worst_ms: float  # of them
+    worst_to_quiet: float  # worst_gap_ms / quiet_gap_ms
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The gaps of a time, in ms, those while the machine was slow apart; not if that is all."""
+
+    usual: list[float]
+    slow: list[float]
+
+    @staticmethod
+    def of(gaps: Sequence[Interval], slow_times: list[Interval]) -> Gaps:
+        """From intervals of time.perf_counter()."""
+        both: tuple[list[float], list[float]] = [], []
+        before = gaps[0][0]
+        for begin, end in gaps:
+            # the gap before counts, too: then the step was launched whose news end this one
+            both[overlap((before, end), slow_times)].append(1000 * (end - begin))
+            before = begin
+        return Gaps(*both) if both[False] else Gaps(both[True], [])
 
 
 def run_adapter_load(config: EngineConfig, rank: int, batch: int, csv: Path | None) -> None:
@@ -68,36 +93,46 @@ def measure(engine: Engine, path: Path, rank: int, batch: int) -> list[LoadRow]:
     prompts = random_prompts(engine.model.config, batch, PROMPT)
     for i, prompt in enumerate(prompts):
         engine.add_request(AddRequest(str(i), prompt, params, time.monotonic()))
-    rows = []
-    for run in range(NUM_RUNS):
-        quiet = gaps(engine, steps(QUIET_STEPS))[1:]  # the first holds the prefill
-        start = time.perf_counter()
-        engine.adapters.handle(LoadAdapter("loaded", str(path)))
-        loading = gaps(engine, lambda: not answered(engine))
-        seconds = time.perf_counter() - start
-        keeping = gaps(engine, lambda: engine.adapters.is_loading)
-        engine.adapters.handle(UnloadAdapter("loaded"))
-        answered(engine)
-        worst, median = 1000 * max(loading + keeping), 1000 * statistics.median(quiet)
-        rows.append(
-            LoadRow(
-                rank=rank,
-                adapter_bytes=num_bytes,
-                batch=batch,
-                run=run,
-                load_s=round(seconds, 3),
-                quiet_gap_ms=round(median, 3),
-                loading_gap_ms=round(1000 * statistics.median(loading), 3),
-                worst_gap_ms=round(worst, 3),
-                worst_to_quiet=round(worst / median, 2),
+    witness, rows = Witness(), []
+    try:
+        for run in range(NUM_RUNS):
+            witness.slow_times()
+            steady = gaps(engine, steps(QUIET_STEPS))[2:]  # without the prefill, told a step later
+            quiet = Gaps.of(steady, witness.slow_times())
+            start = time.perf_counter()
+            engine.adapters.handle(LoadAdapter("loaded", str(path)))
+            loading = gaps(engine, lambda: not answered(engine))
+            seconds = time.perf_counter() - start
+            keeping = gaps(engine, lambda: engine.adapters.is_loading)
+            beside = Gaps.of(loading + keeping, witness.slow_times())
+            engine.adapters.handle(UnloadAdapter("loaded"))
+            answered(engine)
+            loading_ms = statistics.median(1000 * (end - begin) for begin, end in loading)
+            quiet_ms, worst_ms = statistics.median(quiet.usual), max(beside.usual)
+            rows.append(
+                LoadRow(
+                    rank=rank,
+                    adapter_bytes=num_bytes,
+                    batch=batch,
+                    run=run,
+                    load_s=round(seconds, 3),
+                    quiet_gap_ms=round(quiet_ms, 3),
+                    quiet_worst_ms=round(max(quiet.usual), 3),
+                    loading_gap_ms=round(loading_ms, 3),
+                    worst_gap_ms=round(worst_ms, 3),
+                    slow_gaps=len(beside.slow),
+                    slow_worst_ms=round(max(beside.slow, default=0), 3),
+                    worst_to_quiet=round(worst_ms / quiet_ms, 2),
+                )
             )
-        )
+    finally:
+        witness.close()
     engine.abort(map(str, range(batch)))
     return rows
 
 
-def gaps(engine: Engine, more: Callable[[], bool]) -> list[float]:
-    """Seconds from each step's news to the next, while there is more; at least one step."""
+def gaps(engine: Engine, more: Callable[[], bool]) -> list[Interval]:
+    """From each step's news to the next, while there is more; at least one step."""
     found = []
     last = time.perf_counter()
     while True:
@@ -107,7 +142,7 @@ def gaps(engine: Engine, more: Callable[[], bool]) -> list[float]:
                     "the requests ended before the load: give a longer --max-model-len"
                 )
         now = time.perf_counter()
-        found.append(now - last)
+        found.append((last, now))
         last = now
         if not more():
             return found
@@ -135,9 +170,13 @@ def load_table(rows: list[LoadRow], device: str) -> Table:
         f"{device}: an adapter of rank {first.rank}, {first.adapter_bytes / 1e9:.2f} GB, "
         f"beside {first.batch} requests"
     )
-    table = Table("Load", "s", "gap before, ms", "during", "worst", "worst / before", title=title)
+    table = Table("Load", "s", title=title)
+    for column in ("before, ms", "worst", "during, ms", "worst", "worst / before"):
+        table.add_column(column, justify="right")
+    table.add_column("while the machine was slow", justify="right")
     for row in rows:
-        gap = (row.quiet_gap_ms, row.loading_gap_ms, row.worst_gap_ms)
-        times = [f"{ms:.2f}" for ms in gap]
-        table.add_row(str(row.run), f"{row.load_s:.2f}", *times, f"{row.worst_to_quiet:.2f}")
+        times = (row.quiet_gap_ms, row.quiet_worst_ms, row.loading_gap_ms, row.worst_gap_ms)
+        slow = f"{row.slow_gaps} gaps, {row.slow_worst_ms:.1f} ms" if row.slow_gaps else ""
+        cells = [f"{ms:.2f}" for ms in times]
+        table.add_row(str(row.run), f"{row.load_s:.2f}", *cells, f"{row.worst_to_quiet:.2f}", slow)
     return table
