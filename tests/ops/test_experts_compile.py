@@ -20,7 +20,7 @@ from triton.compiler.compiler import CompiledKernel
 from headrace.bench import cases_lora
 from headrace.ops.experts import Experts
 from headrace.ops.lora import LoraBuffers, MoELora
-from headrace.ops.lora_kernel import FEW_ROWS, NUM_SLICES
+from headrace.ops.lora_kernel import FEW_PAIRS, NUM_SLICES
 from headrace.ops.moe import MoEWeights, own_buffers
 from headrace.ops.moe_kernel import down_matmul, gate_up_matmul
 from headrace.ops.mxfp4_kernel import PreparedMXFP4, RowOrder
@@ -100,8 +100,8 @@ run(tokens, None)
 cases_lora.NUM_EXPERTS = 2
 rows = cases_lora.rows_of(torch.zeros(len(h)), 2, torch.device("cpu"))
 for rank in (16, 64):
-    run([m for m in tokens if m * TOP_K <= FEW_ROWS], lora(rank, 1 + NUM_SLICES))
-    run([m for m in tokens if m * TOP_K > FEW_ROWS], lora(rank, 1))
+    run([m for m in tokens if m * TOP_K <= FEW_PAIRS], lora(rank, 1 + NUM_SLICES))
+    run([m for m in tokens if m * TOP_K > FEW_PAIRS], lora(rank, 1))
 print(json.dumps(kernels))
 """
 

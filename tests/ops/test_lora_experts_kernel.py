@@ -55,7 +55,7 @@ def test_interpreted_one_launch_has_the_bits_of_two(
     slots = torch.arange(num_tokens) % 6
     slots[slots == 5] = -1
     out = layer.run(slots)
-    monkeypatch.setattr(lora_kernel, "FEW_ROWS", 0)
+    monkeypatch.setattr(lora_kernel, "FEW_PAIRS", 0)
     # a product here is numpy's: its bits depend on BLOCK_K
     monkeypatch.setattr(
         lora_kernel, "_shrink_tile", lambda work: lora_kernel._ShrinkTile(64, 64, 4)
@@ -143,7 +143,7 @@ def test_one_launch_has_the_bits_of_two(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = adapters.run(*call)  # fills its buffers with NaN first
-    monkeypatch.setattr(lora_kernel, "FEW_ROWS", 0)
+    monkeypatch.setattr(lora_kernel, "FEW_PAIRS", 0)
     expected = adapters.run(*call)
     assert expected.isfinite().all()
     for replay in range(50):

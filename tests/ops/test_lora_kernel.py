@@ -14,7 +14,7 @@ from headrace.ops.experts_kernel import DenseWeight, grouped_matmul
 from headrace.ops.linear import linear
 from headrace.ops.lora import LoraBuffers, LoraLayer, LoraRows, LoraSite, MoELora
 from headrace.ops.lora_kernel import (
-    FEW_ROWS,
+    FEW_TOKENS,
     add_expert_lora_kernel,
     add_lora_embedding_kernel,
     add_lora_kernel,
@@ -171,12 +171,12 @@ def test_interpreted_embedding():
 @interpreted
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float16, 5e-3)])
 def test_interpreted_one_part_has_the_bits_of_many(dtype, limit):
-    """Above FEW_ROWS rows, one program sums all slices of K, in the order of the expand."""
+    """Above FEW_TOKENS rows, one program sums all slices of K, in the order of the expand."""
     adapters = Adapters([[8, 20]], 1100, [64], 1, "cpu", dtype)
     slots = torch.tensor([1, -1, 0, 0, 1])
     x, y = torch.randn(5, 1100).to(dtype), torch.randn(5, 64)
     many = low_rank_parts(take("cpu"), 1, 5, 20)
-    one = low_rank_parts(take("cpu"), 1, FEW_ROWS + 1, 20)[:, :, :5].contiguous()
+    one = low_rank_parts(take("cpu"), 1, FEW_TOKENS + 1, 20)[:, :, :5].contiguous()
     assert (len(many), len(one)) == (4, 1)
     call = (x, adapters.site, adapters.memory, rows_of(slots, 2))
     out = add_lora_kernel(y.clone(), *call, many)

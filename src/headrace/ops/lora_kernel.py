@@ -32,7 +32,10 @@ from headrace.ops.routing import SortedSlots, max_blocks
 
 NUM_SLICES = 4  # of K: each is summed on its own, then they are added in order
 _SLICES = tl.constexpr(NUM_SLICES)
-FEW_ROWS = 1024  # up to so many rows, each slice has a program of its own
+# Up to so many rows, each slice has a program of its own. At rank 64 q, k, v and output take 59 us
+# so and 67 whole at 256 tokens, 71 both ways at 384, 83 and 77 at 512, 150 and 124 at 1024
+# (bench/results/h100/lora_dense_slices.csv). Powers of 2: `reserve` asks for the memory of each.
+FEW_TOKENS, FEW_PAIRS = 256, 1024
 FEW_BLOCKS = 32  # up to so many blocks, the factors B of all fit into L2 beside other things
 DENSE_BLOCK_N = 64
 MOST_TILES = 264  # programs that share the columns of a block of rows: two an SM
@@ -57,13 +60,13 @@ def _whole_eights(max_rank: int) -> int:
 
 def low_rank_parts(take: Take, num_segments: int, num_rows: int, max_rank: int) -> Tensor:
     """The buffer of x A^T: the sums of slices of K, or for many rows u in the first part."""
-    num_parts = NUM_SLICES if num_rows <= FEW_ROWS else 1
+    num_parts = NUM_SLICES if num_rows <= FEW_TOKENS else 1
     return take((num_parts, num_segments, num_rows, _whole_eights(max_rank)), torch.float32)
 
 
 def pair_parts(take: Take, num_pairs: int, max_rank: int) -> Tensor:
     """The same for (token, expert) pairs: u in the first part; for few pairs, then the sums."""
-    num_parts = 1 + NUM_SLICES if num_pairs <= FEW_ROWS else 1
+    num_parts = 1 + NUM_SLICES if num_pairs <= FEW_PAIRS else 1
     return take((num_parts, 1, num_pairs, _whole_eights(max_rank)), torch.float32)
 
 
