@@ -34,24 +34,6 @@ NUM_RUNS = 8  # the first also takes memory that the others find
 
 
 @dataclass(frozen=True)
-class LoadRow:
-    """One line of adapter_load.csv. Times in ms, if not in seconds."""
-
-    rank: int
-    adapter_bytes: int  # of its file
-    batch: int  # requests of the base model that decode meanwhile
-    run: int
-    load_s: float  # until requests may name it
-    quiet_gap_ms: float  # median before the load
-    quiet_worst_ms: float
-    loading_gap_ms: float  # median during the load
-    worst_gap_ms: float  # during the load, and until its CPU copy is made
-    slow_gaps: int  # meanwhile, that are not in the worst: the machine was slow
-    slow_worst_ms: float  # of them
-    worst_to_quiet: float  # worst_gap_ms / quiet_gap_ms
-
-
-@dataclass(frozen=True)
 class Gaps:
     """The gaps of a time, in ms, those while the machine was slow apart; not if that is all."""
 
@@ -68,6 +50,53 @@ class Gaps:
             both[overlap((before, end), slow_times)].append(1000 * (end - begin))
             before = begin
         return Gaps(*both) if both[False] else Gaps(both[True], [])
+
+
+@dataclass(frozen=True)
+class Load:
+    """What was seen of one load."""
+
+    seconds: float  # until requests may name the adapter
+    quiet: Gaps  # before it
+    loading_gap_ms: float  # median until then
+    beside: Gaps  # until its CPU copy is made
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """One line of adapter_load.csv. Times in ms, if not in seconds."""
+
+    rank: int
+    adapter_bytes: int  # of its file
+    batch: int  # requests of the base model that decode meanwhile
+    run: int
+    load_s: float  # until requests may name it
+    quiet_gap_ms: float  # median before the load
+    quiet_worst_ms: float
+    loading_gap_ms: float  # median during the load
+    worst_gap_ms: float  # during the load, and until its CPU copy is made
+    slow_gaps: int  # meanwhile, that are not in the worst: the machine was slow
+    slow_worst_ms: float  # of them
+    worst_to_quiet: float  # worst_gap_ms / quiet_gap_ms
+
+    @staticmethod
+    def of(rank: int, adapter_bytes: int, batch: int, run: int, load: Load) -> LoadRow:
+        """The row of one load."""
+        quiet_ms, worst_ms = statistics.median(load.quiet.usual), max(load.beside.usual)
+        return LoadRow(
+            rank=rank,
+            adapter_bytes=adapter_bytes,
+            batch=batch,
+            run=run,
+            load_s=round(load.seconds, 3),
+            quiet_gap_ms=round(quiet_ms, 3),
+            quiet_worst_ms=round(max(load.quiet.usual), 3),
+            loading_gap_ms=round(load.loading_gap_ms, 3),
+            worst_gap_ms=round(worst_ms, 3),
+            slow_gaps=len(load.beside.slow),
+            slow_worst_ms=round(max(load.beside.slow, default=0), 3),
+            worst_to_quiet=round(worst_ms / quiet_ms, 2),
+        )
 
 
 def run_adapter_load(config: EngineConfig, rank: int, batch: int, csv: Path | None) -> None:
@@ -93,42 +122,27 @@ def measure(engine: Engine, path: Path, rank: int, batch: int) -> list[LoadRow]:
     prompts = random_prompts(engine.model.config, batch, PROMPT)
     for i, prompt in enumerate(prompts):
         engine.add_request(AddRequest(str(i), prompt, params, time.monotonic()))
-    witness, rows = Witness(), []
-    try:
-        for run in range(NUM_RUNS):
-            witness.slow_times()
-            steady = gaps(engine, steps(QUIET_STEPS))[2:]  # without the prefill, told a step later
-            quiet = Gaps.of(steady, witness.slow_times())
-            start = time.perf_counter()
-            engine.adapters.handle(LoadAdapter("loaded", str(path)))
-            loading = gaps(engine, lambda: not answered(engine))
-            seconds = time.perf_counter() - start
-            keeping = gaps(engine, lambda: engine.adapters.is_loading)
-            beside = Gaps.of(loading + keeping, witness.slow_times())
-            engine.adapters.handle(UnloadAdapter("loaded"))
-            answered(engine)
-            loading_ms = statistics.median(1000 * (end - begin) for begin, end in loading)
-            quiet_ms, worst_ms = statistics.median(quiet.usual), max(beside.usual)
-            rows.append(
-                LoadRow(
-                    rank=rank,
-                    adapter_bytes=num_bytes,
-                    batch=batch,
-                    run=run,
-                    load_s=round(seconds, 3),
-                    quiet_gap_ms=round(quiet_ms, 3),
-                    quiet_worst_ms=round(max(quiet.usual), 3),
-                    loading_gap_ms=round(loading_ms, 3),
-                    worst_gap_ms=round(worst_ms, 3),
-                    slow_gaps=len(beside.slow),
-                    slow_worst_ms=round(max(beside.slow, default=0), 3),
-                    worst_to_quiet=round(worst_ms / quiet_ms, 2),
-                )
-            )
-    finally:
-        witness.close()
+    with Witness() as witness:
+        times = [measure_load(engine, path, witness) for _ in range(NUM_RUNS)]
     engine.abort(map(str, range(batch)))
-    return rows
+    return [LoadRow.of(rank, num_bytes, batch, run, load) for run, load in enumerate(times)]
+
+
+def measure_load(engine: Engine, path: Path, witness: Witness) -> Load:
+    """Steps without a load, then those beside one; the adapter is unloaded at the end."""
+    witness.slow_times()
+    steady = gaps(engine, steps(QUIET_STEPS))[2:]  # without the prefill, told a step later
+    quiet = Gaps.of(steady, witness.slow_times())
+    start = time.perf_counter()
+    engine.adapters.handle(LoadAdapter("loaded", str(path)))
+    loading = gaps(engine, lambda: not answered(engine))
+    seconds = time.perf_counter() - start
+    keeping = gaps(engine, lambda: engine.adapters.is_loading)
+    beside = Gaps.of(loading + keeping, witness.slow_times())
+    engine.adapters.handle(UnloadAdapter("loaded"))
+    answered(engine)
+    median = statistics.median(1000 * (end - begin) for begin, end in loading)
+    return Load(seconds, quiet, median, beside)
 
 
 def gaps(engine: Engine, more: Callable[[], bool]) -> list[Interval]:

@@ -8,6 +8,7 @@ import signal
 import statistics
 import time
 from multiprocessing.connection import Connection
+from typing import Self
 
 COUNT = 4000  # additions of a round: about 0.1 ms
 WARM_UP = 1000  # rounds that say how long one takes
@@ -24,20 +25,20 @@ class Witness:
     them all.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_main, args=(theirs,), daemon=True)
         self._process.start()
         self._pipe.recv()
+        return self
 
     def slow_times(self) -> list[Interval]:
         """When the machine was slow, since the last call."""
         self._pipe.send(None)
         return self._pipe.recv()
 
-    def close(self) -> None:
-        """End the process."""
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.join()
 
