@@ -164,6 +164,22 @@ def test_some_experts_and_some_projections(model: Model, adapter: Path, tmp_path
     assert expected.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("alpha", [8, 3])
+def test_experts_of_several_dtypes(model: Model, adapter: Path, alpha: float) -> None:
+    """No value is rounded to the dtype of another tensor, nor the product of B and a ratio."""
+    half, short, full = torch.float16, torch.bfloat16, torch.float32
+    tensors: dict[str, Tensor] = {}
+    for e, (a_dtype, b_dtype) in enumerate(((half, short), (short, short), (full, full))):
+        tensors[f"{EXPERTS}.{e}.w2.lora_A.weight"] = torch.rand(4, 64).to(a_dtype)
+        tensors[f"{EXPERTS}.{e}.w2.lora_B.weight"] = (1e6 * torch.rand(64, 4)).to(b_dtype)
+    patterns = {"experts.1.w2": alpha}
+    rewrite(adapter, lambda t: (t.clear(), t.update(tensors)), alpha_pattern=patterns)
+    got = delta(read(model, adapter).factors["model.layers.0.mlp.experts.down_proj"])
+    for e, scale in enumerate((2, alpha / 4, 2)):
+        b, a = (tensors[f"{EXPERTS}.{e}.w2.lora_{side}.weight"].double() for side in "BA")
+        assert torch.allclose(got[e], (b @ a).T * scale, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(model: Model, adapter: Path, dtype: torch.dtype) -> None:
     exact = {key: delta(f) for key, f in read(model, adapter).factors.items()}
@@ -194,8 +210,10 @@ def test_warnings(model: Model, adapter: Path) -> None:
     assert read(model, adapter).warnings == (
         "targeted by adapter_config.json but not in the file: model.layers.0.self_attn.q_proj",
     )
+    rewrite(adapter, lambda t: None, target_modules="All-Linear", exclude_modules=["q_proj"])
+    assert read(model, adapter).warnings == ()
     zeros = {n: t * 0 for n, t in tensors_of(adapter).items() if "lora_B" in n}
-    rewrite(adapter, lambda t: t.update(zeros), target_modules=["v_proj"])
+    rewrite(adapter, lambda t: t.update(zeros), target_modules=["v_proj"], exclude_modules=None)
     assert read(model, adapter).warnings == (
         "every delta is zero: the adapter changes nothing",
         "applied though adapter_config.json does not target them: "
@@ -215,6 +233,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "alpha_pattern is {'(': 3}": {"alpha_pattern": {"(": 3}},
     "target_modules is '('": {"target_modules": "("},
     "init_lora_weights is 'pissa_niter_4'": {"init_lora_weights": "pissa_niter_4"},
+    "init_lora_weights is 'lora-ga', which may change the base": {"init_lora_weights": "lora-ga"},
+    "use_rslora is 'false'": {"use_rslora": "false"},
+    "lora_alpha is 1e+39; it must be a number that float32 holds": {"lora_alpha": 1e39},
+    "lora_alpha is 1000": {"lora_alpha": 10**400},
+    "its rank is 4, but adapter_config.json says 1000": {"rank_pattern": {"q_proj": 10**400}},
+    "rank_pattern is {'(?i)q_proj': 4}": {"rank_pattern": {"(?i)q_proj": 4}},
+    "alpha_pattern is {'a{99999999999}'": {"alpha_pattern": {"a{99999999999}": 4}},
+    "target_modules is '((((": {"target_modules": "(" * 6000 + ")" * 6000},
     "use_frobnication is True: this field is not known here": {"use_frobnication": True},
     "activated LoRA is not supported": {"alora_invocation_tokens": [1]},
 }
@@ -245,6 +271,9 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "layers.7.self_attn.q_proj.lora_A.weight: this model has no such module": lambda t: t.update(
         {n.replace("layers.0", "layers.7"): t[n] for n in (Q_A, Q_B)}
     ),
+    "layers.7.mlp.experts.lora_A.weight: this model has no such module": lambda t: t.update(
+        {n.replace("layers.0", "layers.7"): x for n, x in t.items() if "experts.lora" in n}
+    ),
     "experts.lora_A.weight: [12, 64] and [63, 12] fit neither gate_up_proj nor": lambda t: t.update(
         {f"{EXPERTS}.lora_B.weight": t[f"{EXPERTS}.lora_B.weight"][:63]}
     ),
@@ -272,6 +301,12 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
             f"{EXPERTS}.3.w2.lora_B.weight": torch.ones(64, 4),
         }
     ),
+    "99.w2.lora_A.weight: this model has no such module": lambda t: t.update(
+        {
+            f"{EXPERTS}.{'9' * 5000}.w2.lora_A.weight": torch.ones(4, 64),
+            f"{EXPERTS}.{'9' * 5000}.w2.lora_B.weight": torch.ones(64, 4),
+        }
+    ),
     "it differs from the base model's lm_head.weight": lambda t: t.update(
         {f"{PREFIX}lm_head.base_layer.weight": torch.ones(256, 64)}
     ),
@@ -280,6 +315,15 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
             f"{PREFIX}model.embed_tokens.lora_A.weight": torch.ones(4, 256),
             f"{PREFIX}model.embed_tokens.lora_B.weight": torch.ones(64, 4),
         }
+    ),
+    "embed_tokens.lora_A.weight: for this module the tensor must be named": lambda t: t.update(
+        {
+            f"{PREFIX}model.embed_tokens.lora_A.weight": torch.ones(4, 256),
+            f"{PREFIX}model.embed_tokens.lora_embedding_B": torch.ones(64, 4),
+        }
+    ),
+    "experts.lora_embedding_B: for this module the tensor must be named lora_B": lambda t: t.update(
+        {f"{EXPERTS}.lora_embedding_B": t.pop(f"{EXPERTS}.lora_B.weight")}
     ),
     "holds no LoRA tensors": lambda t: t.clear(),
 }
@@ -310,12 +354,17 @@ def test_ranks_above_the_servers_limit(model: Model, adapter: Path) -> None:
 def test_missing_files(model: Model, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFoundError, match="it is not a directory"):
         read(model, tmp_path / "nowhere")
+    with pytest.raises(AdapterNotFoundError, match="it is not a directory"):
+        read(model, Path("a" * 5000))
     file = adapter / "adapter_model.safetensors"
     file.rename(adapter / "adapter_model.bin")
     with pytest.raises(AdapterNotFoundError, match=r"convert adapter_model\.bin to safetensors"):
         read(model, adapter)
     file.write_bytes(b"not safetensors")
     with pytest.raises(ConfigError, match="cannot read"):
+        read(model, adapter)
+    (adapter / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match=r"cannot read .*adapter_config\.json"):
         read(model, adapter)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ConfigError, match=r"cannot read .*adapter_config\.json"):

@@ -41,3 +41,6 @@ def test_it_says_why_one_would_not_load(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="an unnamed model: give --model DIR"):
         check(str(unnamed))
     assert "loads beside" in check(str(unnamed), "--model", str(model))
+    far = random_adapter(tmp_path / "far", model, 0, base_model_name_or_path="a" * 5000)
+    with pytest.raises(ConfigError, match="aaa: give --model DIR"):
+        check(str(far))

@@ -54,6 +54,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "exclude_modules": ["v_proj"],
     },
     "all-linear": {"target_modules": "all-linear"},
+    "q's weight as a parameter, which a module's pattern does not name": {
+        "target_modules": ["k_proj"],
+        "target_parameters": ["q_proj.weight"],
+        "alpha_pattern": {"q_proj": 50},
+    },
+    "one layer, and the LM head by its whole name": {
+        "target_modules": ["q_proj", "lm_head"],
+        "layers_to_transform": [0],
+    },
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ SHOWN = 8  # problems in one message
 ROWS_COMPARED = 4096  # at a time
 
 BaseTensor = Callable[[str], Tensor]  # the base model's tensor of this name
+Pair = dict[str, str]  # "A" and "B" -> name of the tensor in the file
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 _BASE_COPY = re.compile(rf"({re.escape(EMBEDDING)}|{LM_HEAD})(\.base_layer)?\.weight")
-_NESTED = re.compile(r"(\.base_layer)*$")
+_EXPERTS = re.compile(r"(.+\.experts)(\.base_layer)?")
 
 
 class AdapterNotFoundError(ConfigError):
@@ -53,14 +55,6 @@ class Adapter:
     def owned(self) -> Adapter:
         """A copy that the file's fate doesn't touch."""
         return replace(self, factors={key: f.owned() for key, f in self.factors.items()})
-
-
-@dataclass
-class _Pair:
-    """The two tensors of one module in the file, by name."""
-
-    names: dict[str, str] = field(default_factory=dict)  # "A" and "B"
-    is_embedding: bool = False
 
 
 def read_adapter(
@@ -112,11 +106,11 @@ class _Reader:
     def read(self) -> dict[str, Factors]:
         """Account for every tensor."""
         for module, pair in self._pairs().items():
-            if set(pair.names) == {"A", "B"}:
+            if set(pair) == {"A", "B"}:
                 if self._are_matrices(pair):
                     self._module(module, pair)
             else:
-                [(side, name)] = pair.names.items()
+                [(side, name)] = pair.items()
                 self._refuse(name, f"its partner lora_{'B' if side == 'A' else 'A'} is missing")
         self._refuse_nan()
         for key, experts in self._experts.items():
@@ -131,20 +125,22 @@ class _Reader:
             self.problems.append(f"{TENSORS_NAME} holds no LoRA tensors")
         return self._factors
 
-    def _pairs(self) -> dict[str, _Pair]:
+    def _pairs(self) -> dict[str, Pair]:
         """Sort the file's tensors by module; copies of base tensors are compared and left out."""
-        pairs: dict[str, _Pair] = defaultdict(_Pair)
+        pairs: dict[str, Pair] = defaultdict(dict)
         for name in sorted(self._file.keys()):
             short = name.removeprefix("base_model.model.")
             dtype = self._file.get_slice(name).get_dtype()
             if dtype not in DTYPES:
                 self._refuse(name, f"its dtype is {dtype}; it must be {', '.join(DTYPES)}")
             elif found := _FACTOR.fullmatch(short):
-                pair = pairs[found[1]]
-                if found[3] in pair.names:
-                    self._refuse(name, f"{pair.names[found[3]]} means the same")
-                pair.names[found[3]] = name
-                pair.is_embedding = bool(found[2])
+                module, embedding, side = found.group(1, 2, 3)
+                if (module == EMBEDDING) != bool(embedding):
+                    right = f"lora_embedding_{side}" if module == EMBEDDING else f"lora_{side}"
+                    self._refuse(name, f"for this module the tensor must be named {right}")
+                if side in pairs[module]:
+                    self._refuse(name, f"{pairs[module][side]} means the same")
+                pairs[module][side] = name
             elif found := _BASE_COPY.fullmatch(short):
                 self._compare(name, f"{found[1]}.weight")
             else:
@@ -162,24 +158,22 @@ class _Reader:
         ):
             self._refuse(name, f"it differs from the base model's {base_name}")
 
-    def _module(self, module: str, pair: _Pair) -> None:
+    def _module(self, module: str, pair: Pair) -> None:
         """Find what a module's pair changes, and add it to the factors."""
         expert = ExpertName.parse(module)
         if expert and expert.target_key in self.targets:
             self._one_expert(module, expert, pair)
-        elif module.endswith((".experts", ".experts.base_layer")):
-            self._all_experts(module, pair)
+        elif (layer := _EXPERTS.fullmatch(module)) and f"{layer[1]}.down_proj" in self.targets:
+            self._all_experts(layer[1], pair)
         elif (target := self.targets.get(_dense_key(module))) and target.num_experts == 1:
             # patterns are matched with a parameter's own name, not with its module's
-            self._dense(target.key if module.endswith(".mlp.router") else module, target, pair)
+            weight = f"{module}.weight"
+            is_parameter = weight == target.key or self._config.targets_parameter(weight)
+            self._dense(weight if is_parameter else module, target, pair)
         else:
-            self._refuse(pair.names["A"], "this model has no such module that can be adapted")
+            self._refuse(pair["A"], "this model has no such module that can be adapted")
 
-    def _dense(self, name: str, target: Target, pair: _Pair) -> None:
-        if pair.is_embedding != (target.key == EMBEDDING):
-            kind = "lora_embedding_A" if target.key == EMBEDDING else "lora_A"
-            self._refuse(pair.names["A"], f"for this module the tensor must be named {kind}")
-            return
+    def _dense(self, name: str, target: Target, pair: Pair) -> None:
         rank, shapes = self._rank(pair), self._shapes(pair)
         expected = (rank, target.in_features), (target.out_features, rank)
         if self._fits(pair, expected, shapes) and self._is_rank(name, rank, pair):
@@ -187,34 +181,33 @@ class _Reader:
             factors = Factors(a[None], b.T[None], self._config.scale(name, rank))
             self._add(target.key, name, pair, factors)
 
-    def _all_experts(self, module: str, pair: _Pair) -> None:
+    def _all_experts(self, experts: str, pair: Pair) -> None:
         """A is [num_experts * rank, in], B [out, rank * num_experts] with the expert fastest.
 
         PEFT names both parameters of the experts alike; their shapes tell them apart.
         """
-        prefix = _NESTED.sub("", module)
         (rows, in_features), (out_features, columns) = self._shapes(pair)
         for proj in ("gate_up_proj", "down_proj"):
-            target = self.targets.get(f"{prefix}.{proj}")
-            if target and (target.in_features, target.out_features) == (in_features, out_features):
+            target = self.targets[f"{experts}.{proj}"]
+            if (target.in_features, target.out_features) == (in_features, out_features):
                 break
         else:
             shapes = f"[{rows}, {in_features}] and [{out_features}, {columns}]"
-            self._refuse(pair.names["A"], f"{shapes} fit neither gate_up_proj nor down_proj")
+            self._refuse(pair["A"], f"{shapes} fit neither gate_up_proj nor down_proj")
             return
-        experts = target.num_experts
-        if rows != columns or rows % experts:
-            reason = f"its {rows} rows and lora_B's {columns} columns must be rank * {experts}"
-            self._refuse(pair.names["A"], reason)
-        elif self._is_rank(target.key, rows // experts, pair):
-            rank = rows // experts
+        count = target.num_experts
+        if rows != columns or rows % count:
+            reason = f"its {rows} rows and lora_B's {columns} columns must be rank * {count}"
+            self._refuse(pair["A"], reason)
+        elif self._is_rank(target.key, rows // count, pair):
+            rank = rows // count
             a, b = self._tensors(pair)
-            a, b = a.view(experts, rank, in_features), b.view(out_features, rank, experts)
+            a, b = a.view(count, rank, in_features), b.view(out_features, rank, count)
             scale = self._config.scale(target.key, rank)
             self._add(target.key, target.key, pair, Factors(a, b.permute(2, 1, 0), scale))
 
-    def _one_expert(self, module: str, name: ExpertName, pair: _Pair) -> None:
-        tensor, key = pair.names["A"], name.target_key
+    def _one_expert(self, module: str, name: ExpertName, pair: Pair) -> None:
+        tensor, key = pair["A"], name.target_key
         target = self.targets[key]
         rank, shapes = self._rank(pair), self._shapes(pair)
         out_features = target.out_features // (2 if name.part in ("gate", "up") else 1)
@@ -234,22 +227,22 @@ class _Reader:
             reason = f"gate and up together have rank {rank}, above --max-lora-rank"
             self._refuse(name, f"{reason} {self._max_rank}")
 
-    def _add(self, key: str, name: str, pair: _Pair, factors: Factors) -> None:
+    def _add(self, key: str, name: str, pair: Pair, factors: Factors) -> None:
         if key in self._factors:
-            self._refuse(pair.names["A"], f"another tensor of the file adapts {key} already")
+            self._refuse(pair["A"], f"another tensor of the file adapts {key} already")
         self._factors[key] = factors
         self.applied.append(name)
 
-    def _rank(self, pair: _Pair) -> int:
-        return int(self._file.get_slice(pair.names["A"]).get_shape()[0])
+    def _rank(self, pair: Pair) -> int:
+        return int(self._file.get_slice(pair["A"]).get_shape()[0])
 
-    def _shapes(self, pair: _Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        a, b = (tuple(self._file.get_slice(pair.names[s]).get_shape()) for s in "AB")
+    def _shapes(self, pair: Pair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        a, b = (tuple(self._file.get_slice(pair[s]).get_shape()) for s in "AB")
         return a, b
 
-    def _are_matrices(self, pair: _Pair) -> bool:
+    def _are_matrices(self, pair: Pair) -> bool:
         bad = [
-            (pair.names[side], list(shape))
+            (pair[side], list(shape))
             for side, shape in zip("AB", self._shapes(pair), strict=True)
             if len(shape) != 2 or 0 in shape
         ]
@@ -257,26 +250,26 @@ class _Reader:
             self._refuse(name, f"its shape is {found}; it must be a matrix")
         return not bad
 
-    def _fits(self, pair: _Pair, expected: Iterable[Any], found: Iterable[Any]) -> bool:
+    def _fits(self, pair: Pair, expected: Iterable[Any], found: Iterable[Any]) -> bool:
         ok = True
         for side, want, have in zip("AB", expected, found, strict=True):
             if want != have:
                 ok = False
                 reason = f"its shape is {list(have)}; it must be {list(want)}"
-                self._refuse(pair.names[side], reason)
+                self._refuse(pair[side], reason)
         return ok
 
-    def _is_rank(self, key: str, rank: int, pair: _Pair) -> bool:
+    def _is_rank(self, key: str, rank: int, pair: Pair) -> bool:
         """Whether the rank is what the config says, for the scale follows from it."""
-        name, expected = pair.names["A"], self._config.rank(key)
+        name, expected = pair["A"], self._config.rank(key)
         if rank != expected:
             self._refuse(name, f"its rank is {rank}, but {CONFIG_NAME} says {expected}")
         elif rank > self._max_rank:
             self._refuse(name, f"its rank is {rank}, above --max-lora-rank {self._max_rank}")
         return rank == expected and rank <= self._max_rank
 
-    def _tensors(self, pair: _Pair) -> tuple[Tensor, Tensor]:
-        found = {pair.names[side]: self._file.get_tensor(pair.names[side]) for side in "AB"}
+    def _tensors(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        found = {pair[side]: self._file.get_tensor(pair[side]) for side in "AB"}
         self._read |= found
         a, b = found.values()
         return a, b
@@ -299,7 +292,7 @@ def _dense_key(module: str) -> str:
 
 def config_fields(path: Path) -> dict[str, Any]:
     """The fields of adapter_config.json. Raises AdapterNotFoundError if there is no directory."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for names that are too long
         raise AdapterNotFoundError(f"No adapter found for {path}: it is not a directory")
     return read_json(path / CONFIG_NAME)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from headrace.lora.targets import Target
 # The names of PEFT and Mixtral, and those of Unsloth's lists of experts.
 _EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\."
-    r"(?:(?P<index>\d+)\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)"
-    r"|(?P<list>gate_up_projs|down_projs)\.(?P<place>\d+))"
+    r"(?:(?P<index>[0-9]{1,6})\.(?P<name>gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"|(?P<list>gate_up_projs|down_projs)\.(?P<place>[0-9]{1,6}))"
 )
 _PARTS = {
     **{"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
@@ -89,10 +90,13 @@ def stack_experts(target: Target, pairs: Sequence[ExpertFactors]) -> Factors:
 
     Gate and up keep rank-1 terms of their own: the first rows are the gate's, whose B is zero in
     the up columns, and the others the up's. Lower ranks are filled with zeros to the largest. One
-    scale for all: others are multiplied into B.
+    scale for all: others are multiplied into B. The dtype holds the values of every pair.
     """
     scale = next((pair.scale for pair in pairs if pair.scale), 1.0)
-    dtype = pairs[0].a.dtype if all(p.scale == scale for p in pairs) else torch.float32
+    dtypes = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b)}
+    if any(pair.scale != scale for pair in pairs):
+        dtypes.add(torch.float32)
+    dtype = functools.reduce(torch.promote_types, dtypes)
     parts = [p for p in _COLUMNS if any(pair.name.part == p for pair in pairs)]
     ranks = [max(len(pair.a) for pair in pairs if pair.name.part == part) for part in parts]
     shape = target.num_experts, sum(ranks)
@@ -102,6 +106,7 @@ def stack_experts(target: Target, pairs: Sequence[ExpertFactors]) -> Factors:
         expert, part, ratio = pair.name.index, pair.name.part, pair.scale / scale
         begin = sum(ranks[: parts.index(part)])
         rows = slice(begin, begin + len(pair.a))
+        values = pair.b.to(dtype)
         a[expert, rows] = pair.a.to(dtype)
-        b[expert, rows, _COLUMNS[part]] = (pair.b if ratio == 1 else pair.b * ratio).to(dtype)
+        b[expert, rows, _COLUMNS[part]] = values if ratio == 1 else values * ratio
     return Factors(a, b, scale)

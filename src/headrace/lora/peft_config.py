@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headrace.config import ConfigError
 
@@ -21,8 +21,10 @@ _HARMLESS = frozenset(
         *("layers_to_transform", "layers_pattern", "bias"),
     }
 )
-# Starting points that change the base weights too: the file's tensors are not the whole change.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Starting points that leave the base weights alone. After any other the file's tensors may not be
+# the whole change.
+_KNOWN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
+_LARGEST = 3e38  # the tables of the kernels keep scales in float32
 _REASONS = {
     "use_dora": "DoRA is not supported",
     "modules_to_save": "whole modules cannot be replaced, only low-rank changes are applied",
@@ -32,6 +34,8 @@ _REASONS = {
     "alora_invocation_tokens": "activated LoRA is not supported",
     "fan_in_fan_out": "no layer of this model is stored that way",
 }
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,11 @@ class PeftConfig:
 
     def rank(self, key: str) -> int:
         """The rank of a module or parameter: of the first pattern that matches its name, or r."""
-        return int(_by_pattern(self.rank_pattern, key, self.r))
+        return _by_pattern(self.rank_pattern, key, self.r)
 
     def scale(self, key: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        alpha = float(_by_pattern(self.alpha_pattern, key, self.lora_alpha))
+        alpha = _by_pattern(self.alpha_pattern, key, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets_parameter(self, key: str) -> bool:
@@ -64,8 +68,9 @@ class PeftConfig:
     def targets_module(self, key: str) -> bool:
         """Whether target_modules names this one and nothing excludes it."""
         layer = re.search(r"\.layers\.(\d+)\.", f".{key}")
-        if self.layers_to_transform and not (layer and int(layer[1]) in self.layers_to_transform):
-            return False
+        in_layers = layer is not None and int(layer[1]) in self.layers_to_transform
+        if self.layers_to_transform and not in_layers and key not in self.target_modules:
+            return False  # PEFT takes a whole name in any layer
         return _names(self.target_modules, key) and not _names(self.exclude_modules, key)
 
 
@@ -94,16 +99,16 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     if not _is_rank(raw.get("r", 8)):
         yield f"r is {raw['r']!r}; it must be a whole number of at least 1"
     if not _is_number(raw.get("lora_alpha", 8)):
-        yield f"lora_alpha is {raw['lora_alpha']!r}; it must be a number"
+        yield f"lora_alpha is {raw['lora_alpha']!r}; it must be a number that float32 holds"
     for field, is_good in _SHAPES.items():
         if raw.get(field) and not is_good(raw[field]):
             yield f"{field} is {raw[field]!r}, which cannot be read"
     if raw.get("bias", "none") != "none":
         yield f"bias is {raw['bias']!r}: biases are not supported"
     init = raw.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
+    if str(init).lower() not in _KNOWN_STARTS:
         yield (
-            f"init_lora_weights is {init!r}, which changes the base weights too; "
+            f"init_lora_weights is {init!r}, which may change the base weights too; "
             "save the adapter converted to plain LoRA"
         )
     for field, value in raw.items():
@@ -111,17 +116,24 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             yield f"{field} is {value!r}: {_REASONS.get(field, 'this field is not known here')}"
 
 
-def _by_pattern(patterns: Mapping[str, Any], key: str, default: float) -> float:
+def _by_pattern(patterns: Mapping[str, T], key: str, default: T) -> T:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return float(value)
+        if re.match(_end_of_name(pattern), key):
+            return value
     return default
 
 
+def _end_of_name(pattern: str) -> str:
+    """PEFT's, to the letter: what a pattern means, and whether it can be read, depends on it."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _names(names: tuple[str, ...] | str, key: str) -> bool:
-    if names == "all-linear":  # the LM head is not among them
+    if not isinstance(names, str):
+        return _ends_with_one(key, names)
+    if names.lower() == "all-linear":  # the LM head is not among them
         return key.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-    return bool(re.fullmatch(names, key)) if isinstance(names, str) else _ends_with_one(key, names)
+    return bool(re.fullmatch(names, key))
 
 
 def _ends_with_one(key: str, names: tuple[str, ...]) -> bool:
@@ -138,13 +150,13 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= _LARGEST
 
 
-def _is_pattern(text: Any) -> bool:
+def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
-    except (re.error, TypeError):
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -159,11 +171,12 @@ def _are_names(value: Any) -> bool:
 
 def _are_patterns(value: Any, is_good: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(
-        _is_pattern(pattern) and is_good(number) for pattern, number in value.items()
+        _is_pattern(_end_of_name(pattern)) and is_good(number) for pattern, number in value.items()
     )
 
 
 _SHAPES: dict[str, Callable[[Any], bool]] = {
+    "use_rslora": lambda value: value is True,
     "rank_pattern": lambda value: _are_patterns(value, _is_rank),
     "alpha_pattern": lambda value: _are_patterns(value, _is_number),
     "target_modules": _are_names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -58,7 +59,7 @@ def find_model(path: Path) -> Path:
     name = str(config_fields(path).get("base_model_name_or_path") or "")
     if name == BUNDLED_NAME:
         return BUNDLED_MODEL
-    if not name or not (Path(name) / "config.json").is_file():
+    if not os.path.isfile(Path(name) / "config.json"):  # Path.is_file raises for some names
         raise ConfigError(f"{path} was made for {name or 'an unnamed model'}: give --model DIR")
     return Path(name)
 
