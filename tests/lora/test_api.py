@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -136,3 +139,22 @@ def test_loads_that_are_refused(
     assert response.status_code == status, response.text
     assert text in response.json()["error"]["message"]
     assert [c["id"] for c in http.get("/v1/models").json()["data"]] == list(SKILLS)
+
+
+def test_a_load_that_the_engine_never_ended_is_not_the_callers_fault() -> None:
+    """500 when the engine dies, 503 while the server shuts down; whatever waits its turn, too."""
+    body = {"lora_name": "x", "lora_path": str(ADAPTERS / "reverse")}
+    for draining, status in ((False, 500), (True, 503)):
+        with (
+            LiveServer(BUNDLED_MODEL, {"enable_lora": True}) as live,
+            httpx.Client(base_url=live.url, timeout=60) as client,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            os.kill(live.engine.process.pid, signal.SIGSTOP)
+            replies = [
+                pool.submit(client.post, "/v1/load_lora_adapter", json=body) for _ in range(2)
+            ]
+            wait_for(lambda live=live: live.engine._adapters)
+            live.serving.draining = draining
+            os.kill(live.engine.process.pid, signal.SIGKILL)
+            assert [reply.result().status_code for reply in replies] == [status, status]

@@ -149,11 +149,14 @@ class EngineClient:
             self._send(AbortRequest(list(request_ids)))
 
     async def change_adapter(self, message: LoadAdapter | UnloadAdapter) -> AdapterReply:
-        """Load or unload an adapter, after what is under way for its name; says how it ended."""
+        """Load or unload an adapter, after what is under way for its name; says how it ended.
+
+        Raises EngineDeadError if the engine is gone before that.
+        """
         while before := self._adapters.get(message.name):
             await asyncio.wait([before])
         if not self.is_alive:
-            return AdapterReply(message.name, f"the engine is gone: {self.dead_reason}")
+            raise EngineDeadError(f"the engine is gone: {self.dead_reason}")
         reply: asyncio.Future[AdapterReply] = asyncio.get_running_loop().create_future()
         self._adapters[message.name] = reply
         self._send(message)
@@ -242,6 +245,6 @@ class EngineClient:
             self._ready.set_exception(error)
         text = f"the engine is gone: {reason}"
         for name in list(self._adapters):
-            self._adapters.pop(name).set_result(AdapterReply(name, text))
+            self._adapters.pop(name).set_exception(EngineDeadError(text))
         for request_id in list(self._queues):
             self._deliver(RequestOutput(request_id, [], finish_reason="error", error=text))

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import headrace
 from headrace.config import ServerConfig
-from headrace.engine.client import EngineClient
+from headrace.engine.client import EngineClient, EngineDeadError
 from headrace.server.chat import Chat, render_prompt
 from headrace.server.completions import Completion
 from headrace.server.errors import ApiError, documented, install_handlers
@@ -59,6 +59,7 @@ def create_app(
     app = Api(title="Headrace", version=headrace.__version__, redirect_slashes=False)
     app.state.serving = Serving(engine_client, tokenizer, server_config, model_info)
     install_handlers(app)
+    app.add_exception_handler(EngineDeadError, on_dead_engine)
     app.include_router(monitoring)
     app.include_router(api)
     return app
@@ -82,6 +83,11 @@ def serving_of(request: Request) -> Serving:
     """Find what create_app put together."""
     serving: Serving = request.app.state.serving
     return serving
+
+
+async def on_dead_engine(request: Request, error: Exception) -> Response:
+    """Answer a request whose engine went away before it was done."""
+    return serving_of(request).cut_off_error().response()
 
 
 def check_key(

@@ -70,6 +70,12 @@ class Serving:
         """Build the error of requests whose engine is gone."""
         return ApiError(500, f"the engine is gone: {self.engine.dead_reason or 'it ended'}")
 
+    def cut_off_error(self) -> ApiError:
+        """Build the error of what was under way when the engine went."""
+        if self.draining:
+            return ApiError(503, "the server was shut down before this request was done")
+        return self.dead_engine_error()
+
     def encode(self, text: str, param: str) -> list[int]:
         """Tokenize a caller's text, or raise 400 naming its field."""
         try:
@@ -176,10 +182,8 @@ class Serving:
 
     def engine_error(self, output: RequestOutput) -> ApiError:
         """Say whose fault an engine's error is."""
-        if self.draining:
-            return ApiError(503, "the server was shut down before this request was done")
-        if not self.engine.is_alive:
-            return self.dead_engine_error()
+        if self.draining or not self.engine.is_alive:
+            return self.cut_off_error()
         return bad_request(output.error or "refused by the engine")
 
 
