@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +26,7 @@ from headrace.engine.messages import (
 from headrace.engine.request import Request
 from headrace.engine.scheduler import Plan
 from headrace.lora import loader
+from headrace.lora.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, read_adapter
 from headrace.lora.pool import LoraPool
 from headrace.models import Model, load_model
 from tests.checkpoints import random_checkpoint
@@ -160,7 +163,7 @@ def test_loads_in_place_forget_the_prefixes(checkpoint: Path, model: Model, tmp_
     assert (first[0].num_cached_tokens, again[0].num_cached_tokens) == (0, 28)
     assert tokens_of(again) == tokens_of(first)
     taken = change(engine, LoadAdapter("x", str(path)))
-    assert taken.error == "the LoRA adapter 'x' is already loaded"
+    assert str(taken.error).startswith("the LoRA adapter 'x' is already loaded; unload it first")
     shutil.copytree(tmp_path / "v1", path, dirs_exist_ok=True)
     assert change(engine, LoadAdapter("x", str(path), in_place=True)).error is None
     second = run(engine, ask("3", prompt, "x"))["3"]
@@ -226,6 +229,11 @@ def test_errors_of_loads_name_the_adapter(checkpoint: Path, model: Model, tmp_pa
     small = make_engine(model, {}, lora_memory=1 << 14)
     low = random_adapter(tmp_path / "low", checkpoint, 0)
     assert "--lora-memory holds" in str(change(small, LoadAdapter("x", str(low))).error)
+    none = make_engine(model, {}, lora_memory=1)
+    assert "--lora-memory holds 0" in str(change(none, LoadAdapter("x", str(low))).error)
+    twice = EngineConfig(enable_lora=True, lora_modules=(f"a={low}", f"a={high}"))
+    with pytest.raises(ConfigError, match="--lora-modules a: two adapters have this name"):
+        Engine(twice, model=model)
     with pytest.raises(ConfigError, match="--lora-modules b: No adapter found"):
         make_engine(model, {"b": tmp_path / "nowhere"})
     with pytest.raises(ConfigError, match="--lora-modules needs --enable-lora"):
@@ -253,6 +261,99 @@ def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
     assert "has changed since it was loaded" in str(again[-1].error)
     assert change(engine, LoadAdapter("a1", str(paths["a1"]), in_place=True)).error is None
     assert tokens_of(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
+    check_idle(engine)
+
+
+def replace_file(old: Path, new: Path) -> None:
+    """By one of the same size and time of writing."""
+    os.utime(new, ns=(0, old.stat().st_mtime_ns))
+    assert new.stat().st_size == old.stat().st_size
+    new.replace(old)
+
+
+def change_scale(old: Path) -> None:
+    old.write_text(old.read_text().replace('"lora_alpha": 4', '"lora_alpha": 9'))
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, TENSORS_NAME])
+def test_files_that_only_seem_the_same_are_not_read_again(
+    checkpoint: Path, model: Model, tmp_path: Path, name: str
+) -> None:
+    """Another scale, or tensors of the same size that are as old as the first."""
+    paths = adapter_paths(checkpoint, tmp_path, 2)
+    engine = make_engine(model, paths, max_loras=1, max_cpu_loras=1)
+    run(engine, ask("r", PROMPTS[0], "a0"))
+    if name == CONFIG_NAME:
+        change_scale(paths["a1"] / name)
+    else:
+        other = random_adapter(tmp_path / "other", checkpoint, 99, rank=2)
+        replace_file(paths["a1"] / name, other / name)
+    outputs = run(engine, ask("r", PROMPTS[0], "a1"))["r"]
+    assert "has changed since it was loaded" in str(outputs[-1].error)
+    check_idle(engine)
+
+
+def test_files_that_change_while_they_are_read_are_refused(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = adapter_paths(checkpoint, tmp_path, 2)["a1"]
+
+    def read_late(path: Path, *args: Any) -> Adapter:
+        adapter = read_adapter(path, *args)
+        change_scale(path / CONFIG_NAME)
+        return adapter
+
+    engine = make_engine(model, {})
+    with monkeypatch.context() as late:
+        late.setattr(loader, "read_adapter", read_late)
+        reply = change(engine, LoadAdapter("x", str(path)))
+    assert reply.error == f"{path} changed while it was read; load it again"
+    assert change(engine, LoadAdapter("x", str(path))).error is None
+    check_idle(engine)
+
+
+def test_an_adapter_without_a_cpu_copy_is_unloaded_like_others(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is unloaded while the copy is made, and there is no memory for that."""
+    unloaded = threading.Event()
+
+    def fail(adapter: Adapter) -> Adapter:
+        assert unloaded.wait(20)
+        raise MemoryError
+
+    monkeypatch.setattr(Adapter, "owned", fail)
+    engine = make_engine(model, {})
+    [path] = adapter_paths(checkpoint, tmp_path, 1).values()
+    assert change(engine, LoadAdapter("x", str(path))).error is None
+    assert change(engine, UnloadAdapter("x")).error is None
+    unloaded.set()
+    while engine.has_work():
+        engine.step()
+    assert pool_of(engine).resident == []
+    check_idle(engine)
+
+
+def test_errors_that_nobody_foresaw_are_named(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In reading, and in the copy for a request; the engine goes on."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    paths = adapter_paths(checkpoint, tmp_path, 2)
+    engine = make_engine(model, paths, max_loras=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(loader, "read_adapter", fail)
+        assert change(engine, LoadAdapter("x", "nowhere")).error == "MemoryError: "
+        broken.setattr(pool_of(engine).memory, "write", fail)
+        outputs = run(engine, *(ask(name, PROMPTS[0], name) for name in paths))
+        assert sum(o[-1].error is None for o in outputs.values()) == 1
+        [error] = [o[-1].error for o in outputs.values() if o[-1].error]
+        assert str(error).endswith("could not be loaded: MemoryError: ")
+    outputs = run(engine, *(ask(name, PROMPTS[0], name) for name in paths))
+    assert all(tokens_of(o) for o in outputs.values())
     check_idle(engine)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from headrace.lora.adapter import Adapter
 from headrace.lora.factors import Factors
-from headrace.lora.loader import Loader
+from headrace.lora.loader import Loader, Stamp
 from headrace.lora.memory import LoraMemory, aligned
 from headrace.lora.peft_config import parse_peft_config
 from headrace.lora.pool import Lora, LoraPool
@@ -36,7 +36,7 @@ class SlowLoader(Loader):
         self._copying: list[tuple[int, Future[Any], Adapter]] = []
         self.now = 0
 
-    def read(self, path: Path) -> Future[tuple[tuple[int, int], Adapter]]:
+    def read(self, path: Path) -> Future[tuple[Stamp, Adapter]]:
         # the adapter changes so many of the layer's targets
         keys = [site.targets[0].key for site in SITES[1 : 1 + self._sizes[path.name]]]
         factors = {key: Factors(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 1.0) for key in keys}

@@ -18,7 +18,7 @@ from headrace.lora import check
 from headrace.lora.adapter import AdapterNotFoundError
 from headrace.lora.loader import Loader
 from headrace.lora.memory import LoraMemory, full_size
-from headrace.lora.pool import Lora, LoraPool, PoolNews
+from headrace.lora.pool import Lora, LoraPool, PoolNews, told
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import model_sites
 from headrace.models import Model
@@ -36,6 +36,9 @@ class Adapters:
 
     def __init__(self, config: EngineConfig, model: Model) -> None:
         modules = [parse_module(module) for module in config.lora_modules]
+        names = [name for name, _ in modules]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"--lora-modules {twice[0]}: two adapters have this name")
         self._replies: list[AdapterReply] = []
         self.pool: LoraPool[Request] | None = None
         if config.enable_lora:
@@ -60,7 +63,7 @@ class Adapters:
             self._sure.wait(PATIENCE)
             for name, error in self._sure.advance().loads:
                 if error is not None:
-                    raise ConfigError(f"--lora-modules {name}: {error}") from error
+                    raise ConfigError(f"--lora-modules {name}: {told(error)}") from error
 
     def find(self, name: str | None) -> Lora[Request] | None:
         """The adapter of a request; None for the base model. RequestError for unknown names."""
@@ -142,7 +145,7 @@ class Adapters:
         return replies
 
     def _reply(self, name: str, error: Exception | None) -> None:
-        text = None if error is None else str(error)
+        text = None if error is None else told(error)
         not_found = isinstance(error, AdapterNotFoundError)
         self._replies.append(AdapterReply(name, text, not_found))
 
@@ -202,7 +205,7 @@ def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:
     """The pool and its memory on the model's device."""
     sites = model_sites(model.config)
     num_elements = config.lora_memory // model.dtype.itemsize
-    if not num_elements:
+    if not config.lora_memory:
         targets = [t for site in sites for t in site.targets]
         ends = [targets[0], targets[-1]]  # of the embedding and the LM head, seldom adapted
         one = full_size(targets[1:-1], config.max_lora_rank)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import ConfigError
-from headrace.lora.adapter import TENSORS_NAME, Adapter, BaseTensor, read_adapter
+from headrace.lora.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, BaseTensor, read_adapter
 from headrace.lora.check import check_adapter
 from headrace.lora.memory import LoraMemory, Placement
 from headrace.lora.upload import compute_alone
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _madvise = ctypes.CDLL(None).madvise  # ctypes lets other threads go on meanwhile
 _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
-Stamp = tuple[int, int]  # changes when an adapter's tensors are written again
+Stamp = tuple[int, ...]  # changes when a file of an adapter is written again or replaced
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Loader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def read(self, path: Path) -> Future[tuple[Stamp, Adapter]]:
-        """The adapter of a directory, mapped from its files; the stamp is from before it."""
-        return self._loading.submit(lambda: (file_stamp(path), self._read(path)))
+        """The adapter of a directory, mapped from its files, and the stamp of what was read."""
+        return self._loading.submit(self._read, path)
 
     def copy(
         self, source: Adapter | Files, slot: int, placement: Placement, checked: bool
@@ -74,17 +74,21 @@ class Loader:
         """
         self._loading.submit(_drop, adapter)
 
-    def _read(self, path: Path) -> Adapter:
+    def _read(self, path: Path) -> tuple[Stamp, Adapter]:
         targets = self._memory.targets.values()
+        stamp = file_stamp(path)
         with torch.cuda.stream(self._stream):  # base tensors are compared there, beside the steps
-            return read_adapter(path, targets, self._base, self._memory.weights.max_rank)
+            adapter = read_adapter(path, targets, self._base, self._memory.weights.max_rank)
+        if file_stamp(path) != stamp:
+            raise ConfigError(f"{path} changed while it was read; load it again")
+        return stamp, adapter
 
     def _read_again(self, files: Files) -> Adapter:
-        if file_stamp(files.path) != files.stamp:
-            raise ConfigError(
-                f"{files.path} has changed since it was loaded; load it again, in place"
-            )
-        return self._read(files.path)
+        if file_stamp(files.path) == files.stamp:
+            stamp, adapter = self._read(files.path)
+            if stamp == files.stamp:
+                return adapter
+        raise ConfigError(f"{files.path} has changed since it was loaded; load it again, in place")
 
     def _copy(
         self,
@@ -123,9 +127,12 @@ def give_pages_back(tensor: Tensor) -> None:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """When the adapter's tensors were written, in ns, and their size; (0, 0) if there are none."""
-    file = path / TENSORS_NAME
-    if not file.exists():
-        return 0, 0
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size
+    """Of each of an adapter's files: its last change, in ns, and its size; zeros if it is missing.
+
+    A file that takes the place of another one may have its time of writing, but not of change.
+    """
+    stamp: list[int] = []
+    for file in (path / CONFIG_NAME, path / TENSORS_NAME):
+        stat = file.stat() if file.exists() else None
+        stamp += (stat.st_ctime_ns, stat.st_size) if stat else (0, 0)
+    return tuple(stamp)

@@ -102,7 +102,8 @@ class LoraPool(Generic[R]):
         """
         is_loading = name in self._reads or any(x.name == name for x in self._announced)
         if is_loading or (name in self.names and not in_place):
-            raise ConfigError(f"the LoRA adapter '{name}' is already loaded")
+            reason = "unload it first, or set load_inplace to replace it"
+            raise ConfigError(f"the LoRA adapter '{name}' is already loaded; {reason}")
         self._reads[name] = path, self._loader.read(path)
 
     def unload(self, name: str) -> None:
@@ -218,14 +219,11 @@ class LoraPool(Generic[R]):
 
     def _finish_keep(self, lora: Lora[R], future: Future[Adapter]) -> None:
         """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
-        try:
-            kept = future.result()
-        except Exception as error:
-            log.warning("adapter %s stays on disk: %s", lora.name, error)
-            lora.adapter = None
-            return
         self._let_go(lora)
-        lora.adapter = kept
+        try:
+            lora.adapter = future.result()
+        except Exception as error:
+            log.warning("adapter %s stays on disk: %s", lora.name, told(error))
         if lora.retired:
             self._drop_if_idle(lora)
         if lora.adapter is not None:
@@ -366,7 +364,7 @@ class LoraPool(Generic[R]):
 
     def _give_up(self, lora: Lora[R], error: Exception, news: PoolNews[R]) -> None:
         """Fail those that wait for an adapter that can't be copied; others may try again."""
-        reason = f"the LoRA adapter '{lora.name}' could not be loaded: {error}"
+        reason = f"the LoRA adapter '{lora.name}' could not be loaded: {told(error)}"
         log.error("%s", reason)
         if lora in self._announced:
             news.loads.append((lora.name, error))
@@ -375,3 +373,8 @@ class LoraPool(Generic[R]):
         news.failed += [(request, reason) for request in lora.parked]
         lora.parked.clear()
         self._evict(lora)
+
+
+def told(error: Exception) -> str:
+    """What those who wait for a load are told: what nobody foresaw may have no text at all."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
