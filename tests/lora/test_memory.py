@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.config import ConfigError
+from headrace.lora.adapter import Adapter
 from headrace.lora.check import check_adapter
-from headrace.lora.memory import LoraMemory, Ranges, full_size, sizes_of
+from headrace.lora.memory import LoraMemory, Placement, Ranges, full_size, sizes_of
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import model_sites
 from headrace.models import Model, load_model
-from headrace.ops.lora import ALIGNMENT
+from headrace.ops.lora import ALIGNMENT, LoraWeights
 from tests.checkpoints import random_checkpoint
 from tests.lora.adapted import read
 from tests.lora.random_adapters import random_adapter
@@ -80,16 +82,20 @@ def test_an_adapter_takes_what_its_own_rank_needs(model: Model, tmp_path: Path) 
         assert begin % ALIGNMENT == 0
 
 
-def test_the_check_finds_memory_that_is_wrong(model: Model, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "base"
-    random_checkpoint(checkpoint, seed=2)
-    adapter = read(model, random_adapter(tmp_path / "a", checkpoint, 0, everything=True))
+def alone_in_memory(model: Model, adapter: Adapter) -> tuple[LoraMemory, Placement, LoraWeights]:
     sizes = sizes_of(adapter.factors)
     memory = make_memory(model, sum(sizes.values()))
     placement = memory.place(sizes)
     assert placement is not None
     memory.write(placement, adapter.factors)
-    alone = memory.alone(1, placement, adapter.factors)
+    return memory, placement, memory.alone(1, placement, adapter.factors)
+
+
+def test_the_check_finds_memory_that_is_wrong(model: Model, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "base"
+    random_checkpoint(checkpoint, seed=2)
+    adapter = read(model, random_adapter(tmp_path / "a", checkpoint, 0, everything=True))
+    memory, placement, alone = alone_in_memory(model, adapter)
     assert "self-check of" in check_adapter(alone, memory.sites, 1, adapter)
     assert not memory.weights.lm_head.rank.any()  # nothing is published yet
     for key, begin in placement.a.items():
@@ -100,6 +106,20 @@ def test_the_check_finds_memory_that_is_wrong(model: Model, tmp_path: Path) -> N
             with pytest.raises(ConfigError, match=key):
                 check_adapter(alone, memory.sites, 1, adapter)
             values.copy_(right)
+
+
+def test_the_check_takes_terms_that_cancel_out(model: Model, tmp_path: Path) -> None:
+    """As PEFT's orthogonal start does: A^T B is 0, which float32 misses by as much as it rounds."""
+    checkpoint = tmp_path / "base"
+    random_checkpoint(checkpoint, seed=2)
+    adapter = read(model, random_adapter(tmp_path / "a", checkpoint, 0, everything=True))
+    factors = {
+        key: replace(f, a=torch.cat((f.a, f.a / 3), 1), b=torch.cat((f.b, f.b * -3), 1))
+        for key, f in adapter.factors.items()
+    }
+    adapter = replace(adapter, factors=factors)
+    memory, _, alone = alone_in_memory(model, adapter)
+    assert "self-check of" in check_adapter(alone, memory.sites, 1, adapter)
 
 
 def test_rows_by_adapter() -> None:

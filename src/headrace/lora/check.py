@@ -31,7 +31,7 @@ from headrace.ops.lora import (
 ROWS = 4  # the last one has no adapter, and must stay as it is
 PAUSE = 0.001  # seconds without Python after each site, for the thread of the steps
 Kind = tuple[object, ...]  # of site
-# Share of the largest value of a delta. In bfloat16 x A^T and y are rounded to 8 bits each.
+# Share of a delta's size (`expected_deltas`). In bfloat16 x A^T and y are rounded to 8 bits each.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
@@ -49,7 +49,7 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
     rows = rows_of_slot(weights, slot)
     trials = {kind: make_trial(site, weights) for kind, site in kinds_of(weights).items()}
     got: list[Tensor] = []
-    expected: list[Future[Tensor]] = []
+    expected: list[Future[tuple[Tensor, list[float]]]] = []
     for site, _, factors in asked:
         trial = trials[kind_of(site, weights)]
         got.append(try_site(site, weights, rows, trial))
@@ -60,7 +60,7 @@ def check_adapter(weights: LoraWeights, sites: Sequence[Site], slot: int, adapte
     errors: dict[str, float] = {}
     parts = added.cpu().split([delta.numel() for delta in got])
     for part, future, (site, targets, _) in zip(parts, expected, asked, strict=True):
-        errors |= errors_of(part.view(ROWS, -1), future.result(), targets, site.widths)
+        errors |= errors_of(part.view(ROWS, -1), *future.result(), targets, site.widths)
     worst = max(errors, key=lambda key: errors[key])
     tolerance = TOLERANCE[weights.memory.dtype]
     text = f"self-check of {len(errors)} targets: largest error {errors[worst]:.1e} of a delta"
@@ -151,29 +151,37 @@ def expected_deltas(
     trial: Trial,
     factors: Sequence[Factors | None],  # of each segment
     widths: Sequence[int],
-) -> Tensor:
-    """scale (x A_e^T) B_e in float64, and 0 for the last row: [ROWS, sum(widths)]."""
+) -> tuple[Tensor, list[float]]:
+    """scale (x A_e^T) B_e in float64, and 0 for the last row: [ROWS, sum(widths)]; and its sizes.
+
+    A segment's size is its largest value, or the largest root of the sum of a value's squared
+    terms: rounding errors grow with the terms, which after PEFT's orthogonal start add up to 0.
+    """
     x, experts = (on_host[: ROWS - 1] for on_host, _ in (trial.x, trial.experts))
     expected = torch.zeros(ROWS, sum(widths), dtype=torch.float64)
-    for f, part in zip(factors, expected.split(list(widths), 1), strict=True):
+    sizes = [0.0] * len(widths)
+    for i, (f, part) in enumerate(zip(factors, expected.split(list(widths), 1), strict=True)):
         if f is None:
             continue
         if len(f.a) > 1:  # all at once: each operation takes Python from the thread of the steps
-            shrunk = f.a[experts].double() @ x.double()[:, :, None]
-            delta = (shrunk.mT @ f.b[experts].double())[:, 0]
+            shrunk = (f.a[experts].double() @ x.double()[:, :, None]).mT
+            b = f.b[experts].double()
         else:
-            a, b = f.a[0], f.b[0]
+            a, b = f.a[0], f.b[0].double()
             shrunk = x.double() @ a.double().T if x.ndim > 1 else a[:, x].double().T
-            delta = shrunk @ b.double()
-        part[: ROWS - 1] = delta * f.scale
-    return expected
+        delta = shrunk @ b
+        part[: ROWS - 1] = delta.view(ROWS - 1, -1) * f.scale
+        squares = torch.maximum(delta.square(), shrunk.square() @ b.square_())
+        sizes[i] = abs(f.scale) * squares.max().sqrt().item()
+    return expected, sizes
 
 
 def errors_of(
-    got: Tensor, expected: Tensor, targets: Site, widths: Sequence[int]
+    got: Tensor, expected: Tensor, sizes: Sequence[float], targets: Site, widths: Sequence[int]
 ) -> dict[str, float]:
-    """The largest error of each target, as a share of its largest value."""
-    parts = zip(targets.targets, got.split(widths, 1), expected.split(widths, 1), strict=True)
-    errors = {t.key: (g - e).abs().max() / e.abs().max().clamp(min=1e-30) for t, g, e in parts}
+    """The largest error of each target, as a share of its size."""
+    differences = (got - expected).abs().split(widths, 1)
+    parts = zip(targets.targets, differences, sizes, strict=True)
+    errors = {t.key: part.max() / max(size, 1e-30) for t, part, size in parts}
     # NaN would be neither above the tolerance nor above another error
     return {key: error.nan_to_num(nan=torch.inf).item() for key, error in errors.items()}
