@@ -100,9 +100,9 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"r is {raw['r']!r}; it must be a whole number of at least 1"
     if not _is_number(raw.get("lora_alpha", 8)):
         yield f"lora_alpha is {raw['lora_alpha']!r}; it must be a number that float32 holds"
-    for field, is_good in _SHAPES.items():
+    for field, (wanted, is_good) in _SHAPES.items():
         if raw.get(field) and not is_good(raw[field]):
-            yield f"{field} is {raw[field]!r}, which cannot be read"
+            yield f"{field} is {raw[field]!r}; it must be {wanted}"
     if raw.get("bias", "none") != "none":
         yield f"bias is {raw['bias']!r}: biases are not supported"
     init = raw.get("init_lora_weights", True)
@@ -113,7 +113,9 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         )
     for field, value in raw.items():
         if value and field not in _HARMLESS:
-            yield f"{field} is {value!r}: {_REASONS.get(field, 'this field is not known here')}"
+            # ascii: a name may hold what no answer can be encoded with
+            name = field if field.isprintable() else ascii(field)
+            yield f"{name} is {value!r}: {_REASONS.get(field, 'this field is not known here')}"
 
 
 def _by_pattern(patterns: Mapping[str, T], key: str, default: T) -> T:
@@ -175,12 +177,22 @@ def _are_patterns(value: Any, is_good: Callable[[Any], bool]) -> bool:
     )
 
 
-_SHAPES: dict[str, Callable[[Any], bool]] = {
-    "use_rslora": lambda value: value is True,
-    "rank_pattern": lambda value: _are_patterns(value, _is_rank),
-    "alpha_pattern": lambda value: _are_patterns(value, _is_number),
-    "target_modules": _are_names,
-    "exclude_modules": _are_names,
-    "target_parameters": lambda value: _is_list(value, str),
-    "layers_to_transform": lambda value: type(value) is int or _is_list(value, int),
+_NAMES = "a list of names or one regular expression"
+_SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "use_rslora": ("true or false", lambda value: value is True),
+    "rank_pattern": (
+        "regular expressions with whole numbers of at least 1",
+        lambda value: _are_patterns(value, _is_rank),
+    ),
+    "alpha_pattern": (
+        "regular expressions with numbers that float32 holds",
+        lambda value: _are_patterns(value, _is_number),
+    ),
+    "target_modules": (_NAMES, _are_names),
+    "exclude_modules": (_NAMES, _are_names),
+    "target_parameters": ("a list of names", lambda value: _is_list(value, str)),
+    "layers_to_transform": (
+        "a whole number or a list of them",
+        lambda value: type(value) is int or _is_list(value, int),
+    ),
 }
