@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from headrace.config import ConfigError
 
+_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")  # of adapters, as in the API
 BUNDLED_MODEL = Path(__file__).parent / "data" / "tiny"
 
 
@@ -58,4 +60,7 @@ def parse_module(text: str) -> tuple[str, Path]:
         name, _, path = text.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
+    if not _NAME.fullmatch(name):
+        rule = "1 to 256 characters of valid Unicode, none of them a control character"
+        raise ConfigError(f"--lora-modules {text!r}: the name must be {rule}")
     return name, directory(path)

@@ -122,6 +122,7 @@ def test_the_gauge_that_routers_read(server: LiveServer, http: httpx.Client) -> 
         ({"lora_name": "x", "lora_path": "/nowhere"}, 404, "No adapter found for /nowhere"),
         ({"lora_name": "x", "lora_path": str(BUNDLED_MODEL)}, 400, "adapter_config.json"),
         ({"lora_name": MODEL_NAME, "lora_path": "/x"}, 400, "the base model's name"),
+        ({"lora_name": "x\ny", "lora_path": "/x"}, 400, "lora_name"),
         ({"lora_name": "x"}, 400, "lora_path"),
         ({"lora_name": "x", "lora_path": "~nobody-here/x"}, 404, "No adapter found"),
         ({"lora_name": "x", "lora_path": "a\0b"}, 404, "No adapter found"),

@@ -240,6 +240,9 @@ def test_errors_of_loads_name_the_adapter(checkpoint: Path, model: Model, tmp_pa
         Engine(EngineConfig(lora_modules=("a=b",)), model=model)
     with pytest.raises(ConfigError, match="must be NAME=DIRECTORY"):
         Engine(EngineConfig(enable_lora=True, lora_modules=("ab",)), model=model)
+    for name in ("a\nb", "\udcff", "n" * 257):  # argv's bytes may be no UTF-8
+        with pytest.raises(ConfigError, match="the name must be 1 to 256 characters"):
+            Engine(EngineConfig(enable_lora=True, lora_modules=(f"{name}={low}",)), model=model)
     [refusal] = run(engine, ask("1", PROMPTS[0], "x"))["1"]
     assert refusal.finish_reason == "error"
     plain = Engine(EngineConfig(kv_cache_memory=8 << 20), model=model)

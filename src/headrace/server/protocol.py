@@ -252,7 +252,8 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId]
 
 
-AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
+# without control characters: paths have names in them, and lines of the log
+AdapterName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", min_length=1, max_length=256)]
 
 
 class LoadAdapterRequest(Strict):
