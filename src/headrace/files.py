@@ -19,6 +19,8 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     """A JSON object; ConfigError if the file is missing (unless missing_ok) or something else."""
     if missing_ok and not path.is_file():
         return {}
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot read {path}: it is not a file")  # a pipe would be waited for
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,4 +371,7 @@ def test_missing_files(model: Model, adapter: Path, tmp_path: Path) -> None:
         read(model, adapter)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ConfigError, match=r"cannot read .*adapter_config\.json"):
+        read(model, adapter)
+    os.mkfifo(adapter / "adapter_config.json")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: it is not a file"):
         read(model, adapter)
