@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace.config import ConfigError
 from headrace.files import read_json
 from headrace.lora.factors import ExpertFactors, ExpertName, Factors, stack_experts
+from headrace.lora.lease import Lease
 from headrace.lora.peft_config import PeftConfig, parse_peft_config
 from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
 from headrace.lora.upload import helpers
@@ -46,6 +47,7 @@ class Adapter:
     config: PeftConfig
     factors: dict[str, Factors]
     warnings: tuple[str, ...]
+    lease: Lease | None = None  # of the file that the factors are mapped from
 
     @property
     def max_rank(self) -> int:
@@ -54,7 +56,8 @@ class Adapter:
 
     def owned(self) -> Adapter:
         """A copy that the file's fate doesn't touch."""
-        return replace(self, factors={key: f.owned() for key, f in self.factors.items()})
+        factors = {key: f.owned() for key, f in self.factors.items()}
+        return replace(self, factors=factors, lease=None)
 
 
 def read_adapter(
@@ -68,17 +71,31 @@ def read_adapter(
     Raises ConfigError naming every field or tensor that can't be applied, and the reason.
     """
     config = parse_peft_config(config_fields(path))
+    by_key = {target.key: target for target in targets}
     try:
-        with _open(path) as file:
-            reader = _Reader(file, config, {t.key: t for t in targets}, base, max_rank)
-            factors = reader.read()
+        lease = Lease(_tensors_file(path))
+        try:
+            factors, warnings = _read_tensors(path, config, by_key, base, max_rank)
+        except BaseException:
+            lease.end()  # the error may be kept, and what it saw with it
+            raise
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path / TENSORS_NAME}: {error}") from error
+    return Adapter(path, config, factors, warnings, lease)
+
+
+def _read_tensors(
+    path: Path, config: PeftConfig, targets: Mapping[str, Target], base: BaseTensor, max_rank: int
+) -> tuple[dict[str, Factors], tuple[str, ...]]:
+    """The factors, and what is odd about them."""
+    with safe_open(path / TENSORS_NAME, framework="pt") as file:
+        reader = _Reader(file, config, targets, base, max_rank)
+        factors = reader.read()
     if reader.problems:
         shown = "; ".join(reader.problems[:SHOWN])
         more = f"; and {len(reader.problems) - SHOWN} more" if len(reader.problems) > SHOWN else ""
         raise ConfigError(f"adapter {path}: {shown}{more}")
-    return Adapter(path, config, factors, tuple(_warnings(config, factors, reader)))
+    return factors, tuple(_warnings(config, factors, reader))
 
 
 class _Reader:
@@ -297,13 +314,13 @@ def config_fields(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG_NAME)
 
 
-def _open(path: Path) -> Any:
+def _tensors_file(path: Path) -> Path:
     file = path / TENSORS_NAME
     if not file.is_file():
         others = [f.name for f in path.glob("adapter_model.*")]
         advice = f"; convert {others[0]} to safetensors" if others else ""
         raise AdapterNotFoundError(f"No adapter found for {path}: it has no {TENSORS_NAME}{advice}")
-    return safe_open(file, framework="pt")
+    return file
 
 
 def _warnings(config: PeftConfig, factors: Mapping[str, Factors], reader: _Reader) -> Iterator[str]:

@@ -116,6 +116,8 @@ def _drop(adapter: Adapter) -> None:
     for factors in adapter.factors.values():
         give_pages_back(factors.a)
         give_pages_back(factors.b)
+    if adapter.lease is not None:
+        adapter.lease.end()
 
 
 def give_pages_back(tensor: Tensor) -> None:
