@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.files import read_ahead
+from headrace.config import ConfigError
+from headrace.files import read_ahead, read_json
 
 
 @pytest.fixture
@@ -39,3 +40,13 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     read_ahead(tmp_path / "nowhere")
     (tmp_path / "a.safetensors").symlink_to(tmp_path / "nothing")
     read_ahead(tmp_path)
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    for name in ("nowhere", "a" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="cannot read"):
+            read_json(tmp_path / name)
+        assert read_json(tmp_path / name, missing_ok=True) == {}
+    (tmp_path / "list").write_text("[]")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        read_json(tmp_path / "list")

@@ -11,15 +11,17 @@ from typing import Any
 
 from headrace.config import ConfigError
 
-_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")  # of adapters, as in the API
+# Of an adapter's name. No control characters: paths have names in them, and lines of the log.
+NAME_CHARACTER, MAX_NAME = r"[^\x00-\x1f\x7f]", 256
 BUNDLED_MODEL = Path(__file__).parent / "data" / "tiny"
 
 
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     """A JSON object; ConfigError if the file is missing (unless missing_ok) or something else."""
-    if missing_ok and not path.is_file():
+    is_file = os.path.isfile(path)  # Path.is_file raises for names that are too long
+    if missing_ok and not is_file:
         return {}
-    if path.exists() and not path.is_file():
+    if not is_file and os.path.exists(path):
         raise ConfigError(f"cannot read {path}: it is not a file")  # a pipe would be waited for
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +64,8 @@ def parse_module(text: str) -> tuple[str, Path]:
         name, _, path = text.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
-    if not _NAME.fullmatch(name):
-        rule = "1 to 256 characters of valid Unicode, none of them a control character"
+    is_unicode = not re.search(r"[\ud800-\udfff]", name)
+    if not (is_unicode and re.fullmatch(f"{NAME_CHARACTER}{{1,{MAX_NAME}}}", name)):
+        rule = f"1 to {MAX_NAME} characters of valid Unicode, none of them a control character"
         raise ConfigError(f"--lora-modules {text!r}: the name must be {rule}")
     return name, directory(path)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from headrace.files import MAX_NAME, NAME_CHARACTER
+
 MAX_SEQUENCES = 128  # n * number of prompts in one HTTP request
 INT64_MAX = 2**63 - 1
 
@@ -252,8 +254,9 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId]
 
 
-# without control characters: paths have names in them, and lines of the log
-AdapterName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", min_length=1, max_length=256)]
+AdapterName = Annotated[
+    str, Field(pattern=f"^{NAME_CHARACTER}*$", min_length=1, max_length=MAX_NAME)
+]
 
 
 class LoadAdapterRequest(Strict):
