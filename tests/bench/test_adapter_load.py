@@ -26,8 +26,10 @@ def test_each_load_is_a_row(
     assert [row["run"] for row in rows] == ["0", "1", "2"]
     for row in rows:
         assert 0 < float(row["quiet_gap_ms"]) <= float(row["quiet_worst_ms"]) < 1e4
-        assert float(row["worst_gap_ms"]) >= float(row["loading_gap_ms"])
-        assert 1000 * float(row["load_s"]) >= float(row["loading_gap_ms"])
+        # the median is of all gaps of the load, those while the machine was slow, too
+        worst_ms = max(float(row["worst_gap_ms"]), float(row["slow_worst_ms"]))
+        assert worst_ms >= float(row["loading_gap_ms"])
+        assert 1000 * float(row["load_s"]) + 1 >= float(row["loading_gap_ms"])  # in whole ms
     assert "an adapter of rank 4" in capsys.readouterr().out
 
 

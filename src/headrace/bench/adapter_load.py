@@ -73,7 +73,7 @@ class LoadRow:
     load_s: float  # until requests may name it
     quiet_gap_ms: float  # median before the load
     quiet_worst_ms: float
-    loading_gap_ms: float  # median during the load
+    loading_gap_ms: float  # median during the load, of all gaps
     worst_gap_ms: float  # during the load, and until its CPU copy is made
     slow_gaps: int  # meanwhile, that are not in the worst: the machine was slow
     slow_worst_ms: float  # of them
