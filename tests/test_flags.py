@@ -57,7 +57,7 @@ def test_out_of_range_names_flag_value_and_range() -> None:
 
 def headrace(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from headrace.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_the_peak_of_a_child_is_kept_after_it_fell() -> None:
         child.stdout.readline()
         assert child.pid in descendants(os.getpid())
         assert 200 * MIB < peak_resident(child.pid) < 300 * MIB
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (peak.host or 0) < 200 * MIB and time.monotonic() < deadline:
             time.sleep(0.05)
         child.communicate("\n")

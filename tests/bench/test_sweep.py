@@ -55,13 +55,13 @@ def test_a_sweep_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_server_that_does_not_start_shows_its_log() -> None:
     with (
         pytest.raises(ConfigError, match=r"did not start:\n.*max_num_seqs|max-num-seqs"),
-        running_server(BUNDLED_MODEL, ["--max-num-seqs", "0"], start_timeout=60),
+        running_server(BUNDLED_MODEL, ["--max-num-seqs", "0"], start_timeout=240),
     ):
         pytest.fail("it runs")
 
 
 def test_a_server_that_dies_shows_its_log(capsys: pytest.CaptureFixture[str]) -> None:
-    with running_server(BUNDLED_MODEL, ["--device", "cpu"], start_timeout=60) as url:
+    with running_server(BUNDLED_MODEL, ["--device", "cpu"], start_timeout=240) as url:
         for pid in descendants(os.getpid()):
             if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 os.kill(pid, signal.SIGKILL)

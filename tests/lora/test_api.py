@@ -108,7 +108,8 @@ def test_load_use_and_unload(server: LiveServer, http: httpx.Client) -> None:
 
 
 def test_the_gauge_that_routers_read(server: LiveServer, http: httpx.Client) -> None:
-    completion = {"model": "subtract", "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+    # far more tokens than there are until the gauge has been read
+    completion = {"model": "subtract", "prompt": "Hello", "max_tokens": 1900, "ignore_eos": True}
     with http.stream("POST", "/v1/completions", json=completion | {"stream": True}) as response:
         lines = response.iter_lines()  # kept: its end would close the stream
         next(lines)

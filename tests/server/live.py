@@ -105,7 +105,7 @@ class LiveServer:
         await self.engine.shutdown()
 
 
-def wait_for(condition: Callable[[], bool], patience: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = 60.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + patience
     while not condition():

@@ -64,7 +64,7 @@ def evaluate(live: LiveServer, model_dir: Path, tmp_path: Path) -> dict[str, lis
     ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
-        command, env=os.environ | offline, capture_output=True, text=True, timeout=240
+        command, env=os.environ | offline, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     samples = {}

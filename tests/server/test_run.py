@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from headrace.bench.memory import descendants
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.server.run import bind, run_server
 
@@ -52,24 +54,38 @@ def program(tmp_path: Path, model: Path, drain: float) -> Iterator[tuple[subproc
         process.communicate()
 
 
+@contextmanager
+def stopped_engine(process: subprocess.Popen) -> Iterator[None]:
+    """A server whose answers can't end meanwhile."""
+    children = descendants(process.pid)
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_sigterm_drains_and_exits_0(model_dir: Path, tmp_path: Path) -> None:
     """A running stream ends whole; meanwhile /health says draining and new requests get 503."""
-    with program(tmp_path, model_dir, drain=60) as (process, url):
+    with program(tmp_path, model_dir, drain=600) as (process, url):
         body = {"model": "m", "prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
-            health = httpx.get(f"{url}/health")
-            while health.status_code == 200:
-                health = httpx.get(f"{url}/health")
-            assert (health.status_code, health.json()["status"]) == (503, "draining")
-            late = httpx.post(f"{url}/v1/completions", json=body)
-            assert (late.status_code, late.json()["error"]["code"]) == (503, 503)
+            with stopped_engine(process):
+                process.send_signal(signal.SIGTERM)
+                health = httpx.get(f"{url}/health", timeout=60)
+                while health.status_code == 200:
+                    health = httpx.get(f"{url}/health", timeout=60)
+                assert (health.status_code, health.json()["status"]) == (503, "draining")
+                late = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+                assert (late.status_code, late.json()["error"]["code"]) == (503, 503)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_the_drain_has_a_deadline(model_dir: Path, tmp_path: Path) -> None:
@@ -83,12 +99,13 @@ def test_the_drain_has_a_deadline(model_dir: Path, tmp_path: Path) -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while 'running{engine="0",model_name="m"} 0.0' in httpx.get(f"{url}/metrics").text:
+        idle = 'running{engine="0",model_name="m"} 0.0'
+        while idle in httpx.get(f"{url}/metrics", timeout=60).text:
             assert thread.is_alive(), "the answer came too soon"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        thread.join(30)
+        assert process.wait(120) == 0
+        thread.join(120)
         assert answers[0].status_code == 503
 
 
