@@ -14,11 +14,20 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def peft_model(model: Path, seed: int, **config: Any) -> Any:
-    """transformers' model with a random adapter that moves the logits."""
+def peft_model(model: Path, seed: int, is_transposed: bool = True, **config: Any) -> Any:
+    """transformers' model with a random adapter that moves the logits.
+
+    is_transposed: whether the experts tell PEFT of their layout. In transformers 4 they don't.
+    """
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(transformers_model(model), LoraConfig(**config))
+    base = transformers_model(model)
+    experts = [layer.mlp.experts for layer in base.model.layers]
+    for module in experts:
+        module.is_transposed = is_transposed
+    wrapped = get_peft_model(base, LoraConfig(**config))
+    for module in experts:
+        module.is_transposed = True
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:

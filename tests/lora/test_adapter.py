@@ -213,6 +213,23 @@ def test_warnings(model: Model, adapter: Path) -> None:
     )
     rewrite(adapter, lambda t: None, target_modules="All-Linear", exclude_modules=["q_proj"])
     assert read(model, adapter).warnings == ()
+    experts = {n: t for n, t in tensors_of(adapter).items() if ".mlp.experts." in n}
+    names = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rewrite(
+        adapter,
+        lambda t: [t.pop(n) for n in experts],
+        target_modules=names,
+        target_parameters=[],
+        exclude_modules=[],
+    )
+    assert read(model, adapter).warnings == ()  # the experts' down_proj is no module
+    rewrite(adapter, lambda t: t.update(experts), target_parameters=["experts.down_proj"])
+    assert read(model, adapter).warnings == (
+        "applied though adapter_config.json does not target them: "
+        "model.layers.0.mlp.experts.gate_up_proj",
+    )
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    rewrite(adapter, lambda t: None, target_parameters=both)
     zeros = {n: t * 0 for n, t in tensors_of(adapter).items() if "lora_B" in n}
     rewrite(adapter, lambda t: t.update(zeros), target_modules=["v_proj"], exclude_modules=None)
     assert read(model, adapter).warnings == (

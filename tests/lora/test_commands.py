@@ -37,6 +37,10 @@ def test_it_says_why_one_would_not_load(tmp_path: Path) -> None:
         check(str(ADAPTER), "--model", str(model))
     with pytest.raises(ConfigError, match="its rank is 8, above --max-lora-rank 4"):
         check(str(ADAPTER), "--max-lora-rank", "4")
+    wide = random_adapter(tmp_path / "wide", model, 0, rank=65)
+    with pytest.raises(ConfigError, match="its rank is 65, above --max-lora-rank 64"):
+        check(str(wide), "--model", str(model))  # as a server without flags would
+    assert "rank 65," in check(str(wide), "--model", str(model), "--max-lora-rank", "65")
     unnamed = random_adapter(tmp_path / "unnamed", model, 0)
     with pytest.raises(ConfigError, match="an unnamed model: give --model DIR"):
         check(str(unnamed))

@@ -59,6 +59,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "target_parameters": ["q_proj.weight"],
         "alpha_pattern": {"q_proj": 50},
     },
+    "weights tied where they are not": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "ensure_weight_tying": True,
+    },
     "one layer, and the LM head by its whole name": {
         "target_modules": ["q_proj", "lm_head"],
         "layers_to_transform": [0],
@@ -68,7 +72,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint(tmp_path_factory.mktemp("base"), seed=3)
+    # were inter hidden, down's tensors would not tell whether in and out are swapped
+    return random_checkpoint(tmp_path_factory.mktemp("base"), seed=3, intermediate_size=96)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,25 @@ def test_bundled_adapters_equal_peft(name: str) -> None:
     expected = peft_logits(loaded_by_peft(BUNDLED_MODEL, path), TOKENS)
     assert (logits_of(adapted, TOKENS) - expected).abs().max() < TOLERANCE
     assert (logits_of(model, TOKENS) - expected).abs().max() > 50 * TOLERANCE
+
+
+@torch.inference_mode()
+def test_experts_that_peft_wrote_with_in_and_out_swapped(tmp_path: Path) -> None:
+    """As beside transformers 4. The bundled model is as wide as its experts, like gpt-oss."""
+    model = load_model(BUNDLED_MODEL)
+    config: dict[str, Any] = {"is_transposed": False, "r": 4, "target_parameters": EXPERTS}
+    wrapped = peft_model(BUNDLED_MODEL, 0, **config)
+    adapter = read(model, save(wrapped, tmp_path / "both"))
+    assert adapter.warnings == ()
+    adapted = AdaptedModel(model, adapter)
+    adapted.slot_of_seq = [0]
+    expected = peft_logits(wrapped, TOKENS)
+    assert (logits_of(adapted, TOKENS) - expected).abs().max() < TOLERANCE
+    assert (logits_of(model, TOKENS) - expected).abs().max() > 50 * TOLERANCE
+    # the shapes of down's tensors alone say nothing
+    wrapped = peft_model(BUNDLED_MODEL, 0, **config | {"target_parameters": EXPERTS[1:]})
+    [warning] = read(model, save(wrapped, tmp_path / "down")).warnings
+    assert "would fit with in and out swapped, too" in warning
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter
-from headrace.lora.check import check_adapter
+from headrace.lora.check import ROWS, check_adapter, make_trial, sites_of
 from headrace.lora.memory import LoraMemory, Placement, Ranges, full_size, sizes_of
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import model_sites
@@ -53,9 +53,9 @@ def test_ranges_never_overlap_and_merge_again(moves: list[tuple[bool, int]]) -> 
     assert ranges.free == [(0, 100)]
 
 
-def make_memory(model: Model, num_elements: int) -> LoraMemory:
+def make_memory(model: Model, num_elements: int, dtype: torch.dtype = torch.float32) -> LoraMemory:
     sites = model_sites(model.config)
-    return LoraMemory(sites, 3, 8, num_elements, torch.float32, torch.device("cpu"))
+    return LoraMemory(sites, 3, 8, num_elements, dtype, torch.device("cpu"))
 
 
 def test_an_adapter_takes_what_its_own_rank_needs(model: Model, tmp_path: Path) -> None:
@@ -82,9 +82,11 @@ def test_an_adapter_takes_what_its_own_rank_needs(model: Model, tmp_path: Path) 
         assert begin % ALIGNMENT == 0
 
 
-def alone_in_memory(model: Model, adapter: Adapter) -> tuple[LoraMemory, Placement, LoraWeights]:
+def alone_in_memory(
+    model: Model, adapter: Adapter, dtype: torch.dtype = torch.float32
+) -> tuple[LoraMemory, Placement, LoraWeights]:
     sizes = sizes_of(adapter.factors)
-    memory = make_memory(model, sum(sizes.values()))
+    memory = make_memory(model, sum(sizes.values()), dtype)
     placement = memory.place(sizes)
     assert placement is not None
     memory.write(placement, adapter.factors)
@@ -120,6 +122,28 @@ def test_the_check_takes_terms_that_cancel_out(model: Model, tmp_path: Path) -> 
     adapter = replace(adapter, factors=factors)
     memory, _, alone = alone_in_memory(model, adapter)
     assert "self-check of" in check_adapter(alone, memory.sites, 1, adapter)
+
+
+def test_the_check_takes_an_a_that_its_x_hardly_meets(model: Model, tmp_path: Path) -> None:
+    """At rank 1 x A^T may be near 0, which bfloat16 misses by as much as it rounds a float32 A."""
+    checkpoint = tmp_path / "base"
+    random_checkpoint(checkpoint, seed=2)
+    adapter = read(model, random_adapter(tmp_path / "a", checkpoint, 0, rank=1))
+    weights = make_memory(model, 0, torch.bfloat16).weights
+    factors = dict(adapter.factors)
+    for site, targets in zip(sites_of(weights), model_sites(model.config), strict=True):
+        for key in (t.key for t in targets.targets if t.key in factors):
+            x = make_trial(site, weights).x[0][: ROWS - 1].double()
+            met, f = torch.linalg.qr(x.T)[0], factors[key]
+            a = f.a - f.a.double() @ met @ met.T * 0.999
+            factors[key] = replace(f, a=a.float())
+    adapter = replace(adapter, factors=factors)
+    memory, placement, alone = alone_in_memory(model, adapter, torch.bfloat16)
+    assert "self-check of" in check_adapter(alone, memory.sites, 1, adapter)
+    key, begin = next(iter(placement.a.items()))
+    alone.memory[begin] += 1
+    with pytest.raises(ConfigError, match=key):
+        check_adapter(alone, memory.sites, 1, adapter)
 
 
 def test_rows_by_adapter() -> None:

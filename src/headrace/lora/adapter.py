@@ -112,6 +112,8 @@ class _Reader:
         self.targets = targets
         self.problems: list[str] = []
         self.applied: list[str] = []  # modules and parameters, by the names that PEFT has for them
+        self.is_swapped = False  # the experts' in and out: see `_orientations`
+        self.is_ambiguous = False
         self._file = file
         self._config = config
         self._base = base
@@ -122,7 +124,11 @@ class _Reader:
 
     def read(self) -> dict[str, Factors]:
         """Account for every tensor."""
-        for module, pair in self._pairs().items():
+        pairs = self._pairs()
+        orientations = set(self._orientations(pairs))
+        self.is_swapped = (False, True) in orientations
+        self.is_ambiguous = orientations == {(True, True)}
+        for module, pair in pairs.items():
             if set(pair) == {"A", "B"}:
                 if self._are_matrices(pair):
                     self._module(module, pair)
@@ -198,18 +204,34 @@ class _Reader:
             factors = Factors(a[None], b.T[None], self._config.scale(name, rank))
             self._add(target.key, name, pair, factors)
 
+    def _orientations(self, pairs: Mapping[str, Pair]) -> Iterator[tuple[bool, bool]]:
+        """Whether each pair for all experts of a layer fits as it is, and with in and out swapped.
+
+        PEFT 0.19 and later write A as [.., out] and B as [in, ..] beside transformers 4, which
+        don't tell them that gpt-oss's experts are transposed. A file is all one or the other, and
+        where inter is hidden only gate_up tells which.
+        """
+        experts = [target for target in self.targets.values() if target.num_experts > 1]
+        fitting = {(target.in_features, target.out_features) for target in experts}
+        for module, pair in pairs.items():
+            if _EXPERTS.fullmatch(module) and len(pair) == 2:
+                a, b = self._shapes(pair)
+                if len(a) == len(b) == 2:
+                    yield (a[1], b[0]) in fitting, (b[0], a[1]) in fitting
+
     def _all_experts(self, experts: str, pair: Pair) -> None:
         """A is [num_experts * rank, in], B [out, rank * num_experts] with the expert fastest.
 
         PEFT names both parameters of the experts alike; their shapes tell them apart.
         """
-        (rows, in_features), (out_features, columns) = self._shapes(pair)
+        (rows, a_width), (b_width, columns) = self._shapes(pair)
+        widths = (b_width, a_width) if self.is_swapped else (a_width, b_width)
         for proj in ("gate_up_proj", "down_proj"):
             target = self.targets[f"{experts}.{proj}"]
-            if (target.in_features, target.out_features) == (in_features, out_features):
+            if (target.in_features, target.out_features) == widths:
                 break
         else:
-            shapes = f"[{rows}, {in_features}] and [{out_features}, {columns}]"
+            shapes = f"[{rows}, {a_width}] and [{b_width}, {columns}]"
             self._refuse(pair["A"], f"{shapes} fit neither gate_up_proj nor down_proj")
             return
         count = target.num_experts
@@ -219,9 +241,10 @@ class _Reader:
         elif self._is_rank(target.key, rows // count, pair):
             rank = rows // count
             a, b = self._tensors(pair)
-            a, b = a.view(count, rank, in_features), b.view(out_features, rank, count)
+            a, b = a.view(count, rank, a_width), b.view(b_width, rank, count).permute(2, 1, 0)
             scale = self._config.scale(target.key, rank)
-            self._add(target.key, target.key, pair, Factors(a, b.permute(2, 1, 0), scale))
+            factors = Factors(b, a, scale) if self.is_swapped else Factors(a, b, scale)
+            self._add(target.key, target.key, pair, factors)
 
     def _one_expert(self, module: str, name: ExpertName, pair: Pair) -> None:
         tensor, key = pair["A"], name.target_key
@@ -327,11 +350,23 @@ def _warnings(config: PeftConfig, factors: Mapping[str, Factors], reader: _Reade
     def is_named(key: str) -> bool:
         return config.targets_module(key) or config.targets_parameter(key)
 
+    if reader.is_ambiguous:
+        yield (
+            "the experts' lora_A and lora_B would fit with in and out swapped, too: if PEFT 0.19 "
+            "or later wrote them beside transformers 4, they are applied wrongly"
+        )
     if all(f.is_zero() for f in factors.values()):
         yield "every delta is zero: the adapter changes nothing"
     if extra := sorted(name for name in reader.applied if not is_named(name)):
         yield f"applied though {CONFIG_NAME} does not target them: {_some(extra)}"
-    if missing := sorted(k for k in reader.targets if is_named(k) and k not in factors):
+    missing = sorted(
+        key
+        for key, target in reader.targets.items()
+        if key not in factors
+        # PEFT takes no parameter for a module: a list with down_proj is meant for other models, too
+        and (config.targets_parameter(key) or (target.is_module and config.targets_module(key)))
+    )
+    if missing:
         yield f"targeted by {CONFIG_NAME} but not in the file: {_some(missing)}"
 
 

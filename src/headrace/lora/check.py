@@ -155,7 +155,8 @@ def expected_deltas(
     """scale (x A_e^T) B_e in float64, and 0 for the last row: [ROWS, sum(widths)]; and its sizes.
 
     A segment's size is its largest value, or the largest root of the sum of a value's squared
-    terms: rounding errors grow with the terms, which after PEFT's orthogonal start add up to 0.
+    terms: rounding errors grow with the terms, which after PEFT's orthogonal start add up to 0. For
+    x A^T counts the larger of the two, too: at rank 1 it may be near 0 for every row.
     """
     x, experts = (on_host[: ROWS - 1] for on_host, _ in (trial.x, trial.experts))
     expected = torch.zeros(ROWS, sum(widths), dtype=torch.float64)
@@ -164,14 +165,18 @@ def expected_deltas(
         if f is None:
             continue
         if len(f.a) > 1:  # all at once: each operation takes Python from the thread of the steps
-            shrunk = (f.a[experts].double() @ x.double()[:, :, None]).mT
-            b = f.b[experts].double()
+            a, b, rows = f.a[experts].double(), f.b[experts].double(), x.double()[:, :, None]
+            shrunk, terms = (a @ rows).mT, (a.square() @ rows.square()).mT
+        elif x.ndim > 1:
+            a, b, rows = f.a[0].double(), f.b[0].double(), x.double()
+            shrunk, terms = rows @ a.T, rows.square() @ a.square().T
         else:
-            a, b = f.a[0], f.b[0].double()
-            shrunk = x.double() @ a.double().T if x.ndim > 1 else a[:, x].double().T
+            shrunk, b = f.a[0][:, x].double().T, f.b[0].double()
+            terms = shrunk.square()
         delta = shrunk @ b
         part[: ROWS - 1] = delta.view(ROWS - 1, -1) * f.scale
-        squares = torch.maximum(delta.square(), shrunk.square() @ b.square_())
+        terms = torch.maximum(terms, shrunk.square()) @ b.square_()
+        squares = torch.maximum(delta.square(), terms)
         sizes[i] = abs(f.scale) * squares.max().sqrt().item()
     return expected, sizes
 

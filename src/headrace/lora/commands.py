@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from headrace.config import EngineConfig
+
 app = typer.Typer(help="Look at LoRA adapters.", no_args_is_help=True)
 
 
@@ -23,7 +25,9 @@ def check(
         Path | None,
         typer.Option(help="checkpoint directory (default: the base that the adapter names)"),
     ] = None,
-    max_lora_rank: Annotated[int, typer.Option(help="the server's flag", min=1, max=512)] = 512,
+    max_lora_rank: Annotated[
+        int, typer.Option(help="the server's flag", min=1, max=512)
+    ] = EngineConfig.max_lora_rank,
 ) -> None:
     """Say what an adapter holds and whether it would load."""
     from headrace.lora.report import find_model, report

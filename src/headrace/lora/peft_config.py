@@ -18,7 +18,7 @@ _HARMLESS = frozenset(
         *("qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
         *("target_modules", "target_parameters", "exclude_modules"),
-        *("layers_to_transform", "layers_pattern", "bias"),
+        *("layers_to_transform", "layers_pattern", "bias", "ensure_weight_tying"),
     }
 )
 # Starting points that leave the base weights alone. After any other the file's tensors may not be

@@ -19,6 +19,11 @@ class Target:
     out_features: int
     num_experts: int = 1  # 1: dense
 
+    @property
+    def is_module(self) -> bool:
+        """Whether PEFT finds it as a module; the experts' and the router's are parameters."""
+        return self.num_experts == 1 and not self.key.endswith(".weight")
+
 
 @dataclass(frozen=True)
 class Site:
