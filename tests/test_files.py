@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from headrace.config import ConfigError
-from headrace.files import read_ahead, read_json
+from headrace.files import parse_module, read_ahead, read_json
 
 
 @pytest.fixture
@@ -50,3 +51,14 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("[]")
     with pytest.raises(ConfigError, match="must hold a JSON object"):
         read_json(tmp_path / "list")
+
+
+def test_a_module_is_name_and_directory_in_two_forms() -> None:
+    """The JSON form has vLLM's fields, and no others."""
+    assert parse_module("sql=adapters/sql") == ("sql", Path("adapters/sql"))
+    module = {"name": "sql", "path": "adapters/sql", "base_model_name": "gpt-oss-20b"}
+    assert parse_module(json.dumps(module)) == ("sql", Path("adapters/sql"))
+    with pytest.raises(ConfigError, match="'rank' is not a known field"):
+        parse_module(json.dumps(module | {"rank": 8}))
+    with pytest.raises(ConfigError, match="must be NAME=DIRECTORY"):
+        parse_module('{"name": "sql"}')

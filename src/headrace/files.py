@@ -53,13 +53,18 @@ def directory(path: str) -> Path:
 
 
 def parse_module(text: str) -> tuple[str, Path]:
-    """NAME=DIRECTORY, or the JSON object {"name": ..., "path": ...} that vLLM takes too."""
+    """NAME=DIRECTORY, or the JSON object {"name": ..., "path": ...} that vLLM takes too.
+
+    Its base_model_name, in vLLM the parent to list, is ignored: that is the served model.
+    """
     if text.lstrip().startswith("{"):
         try:
             module = json.loads(text)
         except ValueError:
             module = {}
         name, path = module.get("name"), module.get("path")
+        if unknown := sorted(module.keys() - {"name", "path", "base_model_name"}):
+            raise ConfigError(f"--lora-modules {text}: {unknown[0]!r} is not a known field")
     else:
         name, _, path = text.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,8 @@ import openai
 import pytest
 
 from headrace.files import BUNDLED_MODEL
+from headrace.lora.adapter import CONFIG_NAME
+from headrace.server.adapters import ServedAdapter
 from tests.server.live import MODEL_NAME, LiveServer, wait_for
 
 ADAPTERS = BUNDLED_MODEL.parent / "adapters"
@@ -99,12 +103,33 @@ def test_load_use_and_unload(server: LiveServer, http: httpx.Client) -> None:
     text = http.get("/metrics").text
     assert 'headrace:lora_generation_tokens_total{lora_adapter="more"} 3.0' in text
     assert 'headrace:lora_requests_total{lora_adapter="more"} 1.0' in text
-    removed = http.post("/v1/unload_lora_adapter", json={"lora_name": "more"})
+    stop = {"max_tokens": 50, "stop": [" ", "e", "1"], "ignore_eos": True}
+    [stopped] = http.post("/v1/completions", json=completion | stop).json()["choices"]
+    assert stopped["finish_reason"] == "stop"
+    text = http.get("/metrics").text
+    assert 'headrace:lora_requests_total{lora_adapter="more"} 2.0' in text
+    body = {"lora_name": "more", "lora_int_id": None}  # as vLLM's clients say it
+    removed = http.post("/v1/unload_lora_adapter", json=body)
     assert removed.text == "Success: LoRA adapter 'more' removed successfully."
+    assert "more" not in http.get("/metrics").text
     gone = http.post("/v1/completions", json=completion)
     assert gone.status_code == 404
     assert gone.json()["error"]["message"] == "The model `more` does not exist."
     assert http.post("/v1/unload_lora_adapter", json={"lora_name": "more"}).status_code == 404
+
+
+def test_the_counts_of_an_adapter_end_with_it(server: LiveServer, http: httpx.Client) -> None:
+    """Though a request of it runs on."""
+    body = {"lora_name": "step-1", "lora_path": str(ADAPTERS / "reverse")}
+    assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+    completion = {"model": "step-1", "prompt": "Hello", "max_tokens": 50, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=completion | {"stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "step-1"}).status_code == 200
+        assert "data: [DONE]" in list(lines)
+    wait_for(lambda: not server.serving.num_in_flight)
+    assert 'lora_adapter="step-1"' not in http.get("/metrics").text
 
 
 def test_the_gauge_that_routers_read(server: LiveServer, http: httpx.Client) -> None:
@@ -141,6 +166,41 @@ def test_loads_that_are_refused(
     assert response.status_code == status, response.text
     assert text in response.json()["error"]["message"]
     assert [c["id"] for c in http.get("/v1/models").json()["data"]] == list(SKILLS)
+
+
+def test_a_load_whose_error_names_a_file_that_is_no_utf8(
+    http: httpx.Client, tmp_path: Path
+) -> None:
+    """The engine can say so, and goes on."""
+    shutil.copy(ADAPTERS / "reverse" / CONFIG_NAME, tmp_path)
+    Path(os.fsdecode(bytes(tmp_path) + b"/adapter_model.\xff")).touch()
+    body = {"lora_name": "x", "lora_path": str(tmp_path)}
+    response = http.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == 404
+    assert r"convert adapter_model.\udcff to safetensors" in response.json()["error"]["message"]
+    assert http.get("/health").status_code == 200
+
+
+def test_whose_fault_it_is_that_an_adapter_is_not_there(tmp_path: Path) -> None:
+    """500 where the server can't read it again; 404 where it was unloaded on the request's way."""
+    for name in ("a", "b"):
+        shutil.copytree(ADAPTERS / "reverse", tmp_path / name)
+    modules = tuple(f"{name}={tmp_path / name}" for name in ("a", "b"))
+    engine = {"enable_lora": True, "lora_modules": modules, "max_loras": 1, "max_cpu_loras": 1}
+    with (
+        LiveServer(BUNDLED_MODEL, engine) as live,
+        httpx.Client(base_url=live.url, timeout=60) as client,
+    ):
+        shutil.rmtree(tmp_path / "b")
+        completion = {"model": "b", "prompt": "Hello", "max_tokens": 3}
+        lost = client.post("/v1/completions", json=completion)
+        assert lost.status_code == 500
+        assert "'b' could not be loaded" in lost.json()["error"]["message"]
+        assert client.post("/v1/completions", json=completion | {"model": "a"}).status_code == 200
+        live.serving.adapters._served["c"] = ServedAdapter("c", "unloaded a moment ago")
+        gone = client.post("/v1/completions", json=completion | {"model": "c"})
+        assert gone.status_code == 404
+        assert gone.json()["error"]["message"] == "the LoRA adapter 'c' is not loaded"
 
 
 def test_a_load_that_the_engine_never_ended_is_not_the_callers_fault() -> None:

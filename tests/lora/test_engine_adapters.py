@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import threading
@@ -87,6 +88,11 @@ def change(engine: Engine, message: LoadAdapter | UnloadAdapter) -> AdapterReply
 def pool_of(engine: Engine) -> LoraPool[Request]:
     assert engine.adapters.pool is not None
     return engine.adapters.pool
+
+
+def refuse(*_: object) -> str:
+    """In place of the self-check."""
+    raise ConfigError("the self-check says no")
 
 
 def check_idle(engine: Engine) -> None:
@@ -183,15 +189,56 @@ def test_a_load_in_place_that_fails_keeps_the_old(
     engine = make_engine(model, adapter_paths(checkpoint, tmp_path, 1))
     expected = tokens_of(run(engine, ask("1", PROMPTS[0], "a0"))["1"])
     new = random_adapter(tmp_path / "new", checkpoint, 50)
-
-    def refuse(*_: object) -> str:
-        raise ConfigError("the self-check says no")
-
     monkeypatch.setattr(loader, "check_adapter", refuse)
     reply = change(engine, LoadAdapter("a0", str(new), in_place=True))
     assert reply.error == "the self-check says no"
     assert tokens_of(run(engine, ask("2", PROMPTS[0], "a0"))["2"]) == expected
     assert len(pool_of(engine).resident) == 1
+    check_idle(engine)
+
+
+def leased_files() -> list[str]:
+    """What this process keeps others from writing."""
+    opened = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    names = [os.readlink(fd) for fd in opened if os.path.islink(fd)]
+    return [name for name in names if name.endswith(TENSORS_NAME)]
+
+
+def finish_loading(engine: Engine) -> None:
+    """Step while there is work, and wait for the loader's thread."""
+    while engine.has_work():
+        engine.step()
+    pool_of(engine)._loader._loading.submit(lambda: None).result()
+
+
+def test_refused_loads_let_go_of_their_files(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too large for the device, or refused by the self-check: at the load and at its first use.
+
+    The garbage collector, which an engine at rest never wakes, is not needed.
+    """
+    small, large = (random_adapter(tmp_path / f"{r}", checkpoint, r, rank=r) for r in (1, 8))
+    room = pool_of(make_engine(model, {"x": small})).names["x"].size * model.dtype.itemsize
+    engine = make_engine(model, {}, max_loras=1, max_cpu_loras=1, lora_memory=room)
+    gc.collect()
+    gc.disable()
+    try:
+        assert "--lora-memory holds" in str(change(engine, LoadAdapter("x", str(large))).error)
+        finish_loading(engine)
+        assert leased_files() == []
+        for name in ("a", "b", "c"):  # on the device, in CPU memory, on disk only
+            assert change(engine, LoadAdapter(name, str(small))).error is None
+        finish_loading(engine)
+        monkeypatch.setattr(loader, "check_adapter", refuse)
+        assert run(engine, ask("1", PROMPTS[0], "c"))["1"][-1].finish_reason == "error"
+        finish_loading(engine)
+        assert leased_files() == []
+        assert change(engine, LoadAdapter("x", str(small))).error == "the self-check says no"
+        finish_loading(engine)
+        assert leased_files() == []
+    finally:
+        gc.enable()
     check_idle(engine)
 
 
@@ -205,6 +252,7 @@ def test_unload_waits_for_requests_and_frees_all(
     got = [t for output in engine.step() for t in output.token_ids]
     reply = change(engine, UnloadAdapter("a0"))
     assert reply == AdapterReply("a0")
+    assert engine.stats().running_adapters == ["a0"]  # for those who route
     while engine.has_work():
         got += [t for output in engine.step() for t in output.token_ids]
     assert got[: len(expected)] == expected
@@ -265,6 +313,30 @@ def test_files_that_change_behind_the_cpu_copy_fail_their_requests_only(
     assert "has changed since it was loaded" in str(again[-1].error)
     assert change(engine, LoadAdapter("a1", str(paths["a1"]), in_place=True)).error is None
     assert tokens_of(run(engine, ask("r", PROMPTS[0], "a1"))["r"])
+    check_idle(engine)
+
+
+def test_requests_that_wait_while_files_are_replaced_get_the_next_load(
+    checkpoint: Path, model: Model, tmp_path: Path
+) -> None:
+    """Nothing but the disk had what they came for."""
+    paths = adapter_paths(checkpoint, tmp_path, 2)
+    new = random_adapter(tmp_path / "new", checkpoint, 50)
+    alone = make_engine(model, {"a1": new})
+    expected = tokens_of(run(alone, ask("x", PROMPTS[0], "a1"))["x"])
+    engine = make_engine(model, paths, max_loras=1, max_cpu_loras=1)
+    engine.add_request(ask("runs", PROMPTS[1], "a0"))
+    engine.add_request(ask("waits", PROMPTS[0], "a1"))
+    engine.step()
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        (new / name).replace(paths["a1"] / name)
+    engine.adapters.handle(LoadAdapter("a1", str(paths["a1"]), in_place=True))
+    while not (replies := engine.adapters.take_replies()):
+        engine.adapters.advance()  # no step: the slot stays taken
+    assert replies == [AdapterReply("a1")]
+    outputs = [output for _ in iter(engine.has_work, False) for output in engine.step()]
+    assert tokens_of([o for o in outputs if o.request_id == "waits"]) == expected
+    assert tokens_of(run(engine, ask("later", PROMPTS[0], "a1"))["later"]) == expected
     check_idle(engine)
 
 

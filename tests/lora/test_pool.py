@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter
 from headrace.lora.factors import Factors
+from headrace.lora.load import Lora
 from headrace.lora.loader import Loader, Stamp
 from headrace.lora.memory import LoraMemory, aligned
 from headrace.lora.peft_config import parse_peft_config
-from headrace.lora.pool import Lora, LoraPool
+from headrace.lora.pool import LoraPool
 from headrace.lora.targets import Site, Target
 
 UNIT = 2 * aligned(1)  # elements of an adapter of rank 1 or so: A and B take a unit of memory each
@@ -193,6 +195,62 @@ def test_a_cold_adapter_is_not_starved_by_hot_ones(cold_size: int) -> None:
     for _ in range(40):
         machine.tick()
     assert machine.num_left == 0
+
+
+def test_adapters_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before has its place then, or was let go: each holds a file, and memory."""
+    machine = Machine({"first": 1}, 1, 1, 1, ticks=1)
+    reads: list[Future[Any]] = []
+
+    def read(path: Path) -> Future[Any]:
+        reads.append(Future())
+        return reads[-1]
+
+    monkeypatch.setattr(machine.loader, "read", read)
+    for name in "abc":
+        machine.pool.load(name, Path(name))
+    for number in (1, 2, 3):
+        machine.tick()
+        machine.tick()
+        assert len(reads) == number
+        reads[-1].set_exception(ConfigError("there is none"))
+    machine.tick()
+    assert not machine.pool.is_loading
+    assert list(machine.pool.names) == ["first"]
+
+
+def test_what_was_let_go_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no memory to keep an adapter while it is copied; when that ends, there is.
+
+    What is let go loses its memory: kept, it would be zeros, and the device would get them later.
+    """
+    machine = Machine({"first": 1}, 1, 1, 1, ticks=5)
+    keeps: list[Future[Adapter]] = []
+    gone: list[Adapter] = []
+
+    def keep(adapter: Adapter) -> Future[Adapter]:
+        assert all(adapter is not other for other in gone)
+        keeps.append(Future())
+        return keeps[-1]
+
+    monkeypatch.setattr(machine.loader, "keep", keep)
+    monkeypatch.setattr(machine.loader, "drop", gone.append)
+    machine.pool._cpu._max_loras += 1
+    machine.loader._sizes["second"] = 1
+    machine.pool.load("second", Path("second"))
+    while "second" not in machine.pool.names:
+        machine.tick()
+    machine.arrive("second", 1)
+    machine.tick()  # it is copied now
+    keeps[0].set_exception(MemoryError())
+    while machine.num_left:
+        machine.tick()
+    read = machine.pool.names["second"].adapter
+    assert len(keeps) == 2
+    assert read is not None
+    keeps[1].set_result(read)
+    machine.tick()
+    assert machine.pool.names["second"] in machine.pool._cpu
 
 
 def test_what_gathers_shares_a_turn() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,15 +10,16 @@ import torch
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.cache_size import memory_for
 from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
-from headrace.engine.request import Request, RequestError
+from headrace.engine.request import NoAdapterError, Request
 from headrace.engine.scheduler import Plan
 from headrace.engine.staging import Staging
 from headrace.files import directory, parse_module
 from headrace.lora import check
 from headrace.lora.adapter import AdapterNotFoundError
+from headrace.lora.load import Lora, told
 from headrace.lora.loader import Loader
 from headrace.lora.memory import LoraMemory, full_size
-from headrace.lora.pool import Lora, LoraPool, PoolNews, told
+from headrace.lora.pool import LoraPool, PoolNews
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import model_sites
 from headrace.models import Model
@@ -66,11 +67,11 @@ class Adapters:
                     raise ConfigError(f"--lora-modules {name}: {told(error)}") from error
 
     def find(self, name: str | None) -> Lora[Request] | None:
-        """The adapter of a request; None for the base model. RequestError for unknown names."""
+        """The adapter of a request; None for the base model. NoAdapterError for unknown names."""
         if name is None:
             return None
         if self.pool is None or name not in self.pool.names:
-            raise RequestError(f"the LoRA adapter '{name}' is not loaded")
+            raise NoAdapterError(f"the LoRA adapter '{name}' is not loaded")
         return self.pool.names[name]
 
     def arrive(self, request: Request) -> bool:
@@ -120,9 +121,16 @@ class Adapters:
         """Copies of adapters to the device since the start."""
         return 0 if self.pool is None else self.pool.num_copies
 
-    def names_of(self, chosen: Callable[[Lora[Request]], bool]) -> list[str]:
-        """The adapters for which `chosen` is true."""
-        return [] if self.pool is None else [n for n, x in self.pool.names.items() if chosen(x)]
+    @property
+    def running(self) -> list[str]:
+        """Names of adapters with requests at the scheduler, unloaded and replaced ones too."""
+        resident = [] if self.pool is None else self.pool.resident
+        return list(dict.fromkeys(lora.name for lora in resident if lora.holders))
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names of adapters with requests that wait for a slot."""
+        return [] if self.pool is None else [n for n, x in self.pool.names.items() if x.parked]
 
     def handle(self, message: LoadAdapter | UnloadAdapter) -> None:
         """Begin a load or unload; `take_replies` tells how it ended."""

@@ -175,7 +175,10 @@ class Engine:
             )
             request.use(self.adapters.find(message.adapter))
         except RequestError as error:
-            refusal = RequestOutput(message.request_id, [], finish_reason="error", error=str(error))
+            reason, status = str(error), error.status
+            refusal = RequestOutput(
+                message.request_id, [], finish_reason="error", error=reason, status=status
+            )
             self._news.append(refusal)
             return
         self.requests[request.request_id] = request
@@ -218,11 +221,13 @@ class Engine:
     def _take_loads(self) -> list[RequestOutput]:
         """Queue the requests whose adapter has arrived; errors for those whose adapter can't."""
         news, outputs = self.adapters.advance(), []
+        for request, lora in news.moved:
+            request.use(lora)
         for request in news.released:
             self.scheduler.add(request)
         for request, error in news.failed:
             del self.requests[request.request_id]
-            outputs.append(request.output([], finish_reason="error", error=error))
+            outputs.append(request.output([], finish_reason="error", error=error, status=500))
         return outputs
 
     def _forget(self, request: Request) -> None:
@@ -314,8 +319,8 @@ class Engine:
             prefix_cache_hits=self.scheduler.prefix_cache_hits,
             num_steps=self._num_steps,
             iteration_tokens=steps,
-            running_adapters=self.adapters.names_of(lambda lora: lora.holders > 0),
-            waiting_adapters=self.adapters.names_of(lambda lora: bool(lora.parked)),
+            running_adapters=self.adapters.running,
+            waiting_adapters=self.adapters.waiting,
             num_adapter_copies=self.adapters.num_copies,
         )
 

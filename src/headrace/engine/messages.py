@@ -83,6 +83,7 @@ class RequestOutput(msgspec.Struct, frozen=True, tag="output"):
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_token_id: int | None = None  # the stop token that ended it (it is also in token_ids)
     error: str | None = None  # with finish_reason "error": text for the user
+    status: int = 400  # HTTP's, with the error: whose fault it is
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     queued_s: float = 0.0  # with the first token: time between arrival and first scheduling
 

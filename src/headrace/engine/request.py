@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
-from headrace.lora.pool import Lora
+from headrace.lora.load import Lora
 from headrace.ops.sampling import MAX_TOP
 
 GREEDY_BELOW = 1e-5  # temperatures under this mean "always the most likely token"
@@ -20,6 +20,14 @@ def digest(content: bytes) -> bytes:
 
 class RequestError(ValueError):
     """A request that the engine can't run: the text goes to the user."""
+
+    status = 400  # HTTP's: the caller's mistake
+
+
+class NoAdapterError(RequestError):
+    """A request for an adapter that is not loaded, or was unloaded on its way here."""
+
+    status = 404
 
 
 @dataclass(eq=False)

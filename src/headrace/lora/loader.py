@@ -98,7 +98,25 @@ class Loader:
         checked: bool,
         launched: torch.cuda.Event | None,
     ) -> Adapter:
-        adapter = self._read_again(source) if isinstance(source, Files) else source
+        if not isinstance(source, Files):
+            self._write(source, slot, placement, checked, launched)
+            return source
+        adapter = self._read_again(source)
+        try:
+            self._write(adapter, slot, placement, checked, launched)
+        except BaseException:
+            _drop(adapter)  # the error may be kept, and what it saw with it
+            raise
+        return adapter
+
+    def _write(
+        self,
+        adapter: Adapter,
+        slot: int,
+        placement: Placement,
+        checked: bool,
+        launched: torch.cuda.Event | None,
+    ) -> None:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             if self._stream is not None and launched is not None:
                 self._stream.wait_event(launched)
@@ -109,7 +127,6 @@ class Loader:
                 log.info("adapter %s: %s", adapter.path, result)
             if self._stream is not None:
                 self._stream.synchronize()
-        return adapter
 
 
 def _drop(adapter: Adapter) -> None:

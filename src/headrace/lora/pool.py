@@ -12,53 +12,21 @@ whatever gathers for an adapter meanwhile shares its next turn.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter
+from headrace.lora.cpu_tier import CpuTier
+from headrace.lora.load import Lora, R, told
 from headrace.lora.loader import Files, Loader, Stamp
-from headrace.lora.memory import LoraMemory, Placement, Sizes, sizes_of
+from headrace.lora.memory import LoraMemory, sizes_of
 
 log = logging.getLogger(__name__)
-
-R = TypeVar("R")  # a request; the pool only keeps and returns them
-
-
-@dataclass(eq=False)
-class Lora(Generic[R]):
-    """One load of an adapter. uid never returns, so that it may salt hashes of the prefix cache."""
-
-    uid: int
-    name: str
-    path: Path
-    sizes: Sizes = field(repr=False)
-    stamp: Stamp  # of the file when it was read
-    adapter: Adapter | None = field(repr=False)  # in CPU memory, if it is there now
-    slot: int | None = None  # set while it has a place on the device
-    placement: Placement | None = None
-    ready: bool = False  # its slot can be used
-    closed: bool = False  # it takes no new requests, and leaves when the last one is done
-    retired: bool = False  # unloaded, or replaced by a later load
-    checked: bool = False  # the self-check has passed
-    holders: int = 0  # requests that the scheduler has
-    parked: deque[R] = field(default_factory=deque, repr=False)
-    last_used: int = 0
-
-    @property
-    def size(self) -> int:
-        """Elements in device memory."""
-        return sum(self.sizes.values())
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it may leave the device now."""
-        return self.ready and not self.holders
 
 
 @dataclass
@@ -67,6 +35,7 @@ class PoolNews(Generic[R]):
 
     released: list[R] = field(default_factory=list)  # their adapter is ready now
     failed: list[tuple[R, str]] = field(default_factory=list)  # it can't be loaded any more
+    moved: list[tuple[R, Lora[R]]] = field(default_factory=list)  # to the load that replaced theirs
     loads: list[tuple[str, Exception | None]] = field(default_factory=list)  # by name
 
 
@@ -81,15 +50,14 @@ class LoraPool(Generic[R]):
         self.names: dict[str, Lora[R]] = {}
         self.resident: list[Lora[R]] = []  # on the device or on their way to it
         self.num_copies = 0  # to the device, since the start
-        self._max_cpu_loras = max_cpu_loras
         self._capacity = memory.ranges.num_free
         self._free_slots = list(range(memory.num_slots))
         self._wanted: list[Lora[R]] = []  # have parked requests, in order of the first of them
-        self._in_cpu: list[Lora[R]] = []
+        self._cpu = CpuTier[R](loader, max_cpu_loras)
         self._loader = loader
-        self._reads: dict[str, tuple[Path, Future[tuple[Stamp, Adapter]]]] = {}
+        self._reads: dict[str, Path] = {}  # by name, in the order in which they were asked for
+        self._reading: Future[tuple[Stamp, Adapter]] | None = None  # the first of them
         self._copies: dict[Lora[R], Future[Adapter]] = {}
-        self._keeps: dict[Lora[R], Future[Adapter]] = {}
         self._announced: set[Lora[R]] = set()  # loads told with the end of their first copy
         self._uids, self._clock = count(1), count(1)
 
@@ -104,7 +72,7 @@ class LoraPool(Generic[R]):
         if is_loading or (name in self.names and not in_place):
             reason = "unload it first, or set load_inplace to replace it"
             raise ConfigError(f"the LoRA adapter '{name}' is already loaded; {reason}")
-        self._reads[name] = path, self._loader.read(path)
+        self._reads[name] = path
 
     def unload(self, name: str) -> None:
         """Forget a name; its memory is free when its last request is done."""
@@ -138,27 +106,29 @@ class LoraPool(Generic[R]):
     def advance(self) -> PoolNews[R]:
         """Take note of what has been loaded, and begin what can be: call it before each step."""
         news: PoolNews[R] = PoolNews()
-        for name in [n for n, (_, f) in self._reads.items() if f.done()]:
-            self._finish_read(name, *self._reads.pop(name), news)
+        if self._reading is not None and self._reading.done():
+            self._finish_read(self._reading, news)
+            self._reading = None
         for lora in [x for x, f in self._copies.items() if f.done()]:
             self._finish_copy(lora, self._copies.pop(lora), news)
-        for lora in [x for x, f in self._keeps.items() if f.done()]:
-            self._finish_keep(lora, self._keeps.pop(lora))
+        for lora in self._cpu.take_kept():
+            self._finish_keep(lora)
         self._serve_wanted(news)
+        if self._reads and self._reading is None:
+            # one at a time: each holds a file and memory, and the next request's copy waits for it
+            self._reading = self._loader.read(next(iter(self._reads.values())))
         return news
 
     @property
     def is_loading(self) -> bool:
         """Whether advance() will have something to tell without anything else happening."""
-        return bool(self._reads or self._copies or self._keeps)
+        return bool(self._reads or self._copies or self._cpu.futures)
 
     def wait(self, seconds: float) -> None:
         """Sleep until a load ends, or for that long."""
-        futures: list[Future] = [
-            *(future for _, future in self._reads.values()),
-            *self._copies.values(),
-            *self._keeps.values(),
-        ]
+        futures: list[Future] = [*self._copies.values(), *self._cpu.futures]
+        if self._reading is not None:
+            futures.append(self._reading)
         wait(futures, seconds, return_when="FIRST_COMPLETED")
 
     def check(self) -> None:
@@ -172,18 +142,21 @@ class LoraPool(Generic[R]):
 
     # Reading
 
-    def _finish_read(
-        self, name: str, path: Path, future: Future[tuple[Stamp, Adapter]], news: PoolNews[R]
-    ) -> None:
+    def _finish_read(self, future: Future[tuple[Stamp, Adapter]], news: PoolNews[R]) -> None:
         """Make an adapter known; if there is room, try it on the device before that is told."""
+        name, path = next(iter(self._reads.items()))
+        del self._reads[name]
         try:
             stamp, adapter = future.result()
-            sizes = sizes_of(adapter.factors)
-            self._check_size(sum(sizes.values()))
         except Exception as error:
             news.loads.append((name, error))
             return
+        sizes = sizes_of(adapter.factors)
         lora = Lora[R](next(self._uids), name, path, sizes, stamp, adapter)
+        if lora.size > self._capacity:
+            news.loads.append((name, self._too_large(lora)))
+            self._cpu.let_go(lora)
+            return
         log.info("adapter %s: %d targets, rank %d", name, len(sizes), adapter.max_rank)
         for warning in adapter.warnings:
             log.warning("adapter %s: %s", name, warning)
@@ -191,19 +164,18 @@ class LoraPool(Generic[R]):
             self._announced.add(lora)
             self._begin_copy(lora)
             return
-        if len(self._in_cpu) + len(self._keeps) < self._max_cpu_loras:
-            self._begin_keep(lora, adapter)
+        if self._cpu.has_room:
+            self._cpu.keep(lora, adapter)
         else:
-            self._let_go(lora)  # it stays on disk until it is wanted
+            self._cpu.let_go(lora)  # it stays on disk until it is wanted
         self._announce(lora, news)
 
-    def _check_size(self, num_elements: int) -> None:
-        if num_elements > self._capacity:
-            itemsize = self.memory.weights.memory.itemsize
-            raise ConfigError(
-                f"the adapter takes {num_elements * itemsize} bytes; "
-                f"--lora-memory holds {self._capacity * itemsize}"
-            )
+    def _too_large(self, lora: Lora[R]) -> ConfigError:
+        itemsize = self.memory.weights.memory.itemsize
+        return ConfigError(
+            f"the adapter takes {lora.size * itemsize} bytes; "
+            f"--lora-memory holds {self._capacity * itemsize}"
+        )
 
     def _announce(self, lora: Lora[R], news: PoolNews[R]) -> None:
         """From now on requests of this name get this load."""
@@ -212,34 +184,13 @@ class LoraPool(Generic[R]):
         self.names[lora.name] = lora
         news.loads.append((lora.name, None))
 
-    def _begin_keep(self, lora: Lora[R], adapter: Adapter) -> None:
-        """Have CPU memory hold what is only mapped from the file, beside all other work."""
-        lora.adapter = adapter
-        self._keeps[lora] = self._loader.keep(adapter)
-
-    def _finish_keep(self, lora: Lora[R], future: Future[Adapter]) -> None:
-        """The newest copy stays; beyond --max-cpu-loras the longest unused goes."""
-        self._let_go(lora)
-        try:
-            lora.adapter = future.result()
-        except Exception as error:
-            log.warning("adapter %s stays on disk: %s", lora.name, told(error))
+    def _finish_keep(self, lora: Lora[R]) -> None:
+        """The newest copy stays, if anybody may still want it."""
         if lora.retired:
             self._drop_if_idle(lora)
         if lora.adapter is not None:
-            self._in_cpu.append(lora)
             lora.last_used = next(self._clock)
-        spare = [x for x in self._in_cpu if x is not lora and x not in self._copies]
-        spare.sort(key=lambda x: x.last_used)
-        for other in spare[: max(0, len(self._in_cpu) - self._max_cpu_loras)]:
-            self._let_go(other)
-            self._in_cpu.remove(other)
-
-    def _let_go(self, lora: Lora[R]) -> None:
-        """Forget what CPU memory holds of an adapter; the device and the disk have it still."""
-        if lora.adapter is not None:
-            self._loader.drop(lora.adapter)
-        lora.adapter = None
+            self._cpu.hold(lora)
 
     # Turns
 
@@ -323,13 +274,11 @@ class LoraPool(Generic[R]):
 
     def _drop_if_idle(self, lora: Lora[R]) -> None:
         """Free all memory of an unloaded adapter whose requests are done."""
-        if lora.holders or lora.parked or lora in self._copies or lora in self._keeps:
+        if lora.holders or lora.parked or lora.is_copying or self._cpu.is_keeping(lora):
             return
         if lora in self.resident:
             self._evict(lora)
-        if lora in self._in_cpu:
-            self._in_cpu.remove(lora)
-        self._let_go(lora)
+        self._cpu.let_go(lora)
 
     # Copying
 
@@ -353,8 +302,8 @@ class LoraPool(Generic[R]):
         else:
             self.memory.publish(lora.slot, lora.placement, adapter.factors)
             lora.checked = True
-            if lora not in self._in_cpu and lora not in self._keeps:
-                self._begin_keep(lora, adapter)
+            if lora not in self._cpu:
+                self._cpu.keep(lora, adapter)
             if lora in self._announced:
                 self._announce(lora, news)
             self._release(lora, news)
@@ -370,11 +319,14 @@ class LoraPool(Generic[R]):
             news.loads.append((lora.name, error))
         if lora.parked:
             self._wanted.remove(lora)
-        news.failed += [(request, reason) for request in lora.parked]
+        later = self.names.get(lora.name) if lora.retired else None
+        for request in lora.parked:
+            if later is None:
+                news.failed.append((request, reason))
+            else:  # that has replaced it, and perhaps its files
+                news.moved.append((request, later))
+                news.released += [request] if self.arrive(later, request) else []
         lora.parked.clear()
         self._evict(lora)
-
-
-def told(error: Exception) -> str:
-    """What those who wait for a load are told: what nobody foresaw may have no text at all."""
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        if lora not in self._cpu:
+            self._cpu.let_go(lora)  # the error may be kept, and what it saw with it

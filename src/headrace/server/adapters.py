@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class ServedAdapters:
         self._model_name = model_name
         self._served = {name: ServedAdapter(name, str(path)) for name, path in modules}
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._served
 
     def __iter__(self) -> Iterator[ServedAdapter]:
@@ -70,10 +70,16 @@ def _refusal(message: str, reply: AdapterReply, param: str) -> ApiError:
 
 
 class AdapterMetrics:
-    """vLLM's gauge that routers read, and counters by adapter."""
+    """vLLM's gauge that routers read, and counters by adapter for as long as it is served.
 
-    def __init__(self, registry: CollectorRegistry, max_loras: int) -> None:
+    Who names each version of an adapter anew would else have ever more series.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, max_loras: int, served: Container[object]
+    ) -> None:
         self._max_loras = max_loras
+        self._served = served
         self._info = Gauge(
             "vllm:lora_requests_info",
             "When the engine last told which adapters run and wait (seconds since 1970)",
@@ -82,7 +88,7 @@ class AdapterMetrics:
         )
         label = ("lora_adapter",)
         self._requests = Counter(
-            "headrace:lora_requests", "Finished requests", label, registry=registry
+            "headrace:lora_requests", "Requests that ended", label, registry=registry
         )
         self._tokens = Counter(
             "headrace:lora_generation_tokens", "Tokens generated", label, registry=registry
@@ -104,7 +110,15 @@ class AdapterMetrics:
 
     def on_output(self, adapter: str | None, output: RequestOutput) -> None:
         """Count the news of one step."""
-        if adapter is not None:
+        if adapter in self._served:
             self._tokens.labels(adapter).inc(len(output.token_ids))
-            if output.finish_reason is not None:
-                self._requests.labels(adapter).inc()
+
+    def finished(self, adapter: str | None) -> None:
+        """Count a request, however it ended: the engine doesn't see a stop string."""
+        if adapter in self._served:
+            self._requests.labels(adapter).inc()
+
+    def forget(self, adapter: str) -> None:
+        """End the series of an adapter that was unloaded."""
+        self._tokens.remove(adapter)
+        self._requests.remove(adapter)

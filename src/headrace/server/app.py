@@ -174,6 +174,7 @@ async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> R
     serving = serving_of(request)
     serving.check_ready()
     await serving.adapters.unload(body.lora_name)
+    serving.adapter_metrics.forget(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -271,3 +271,4 @@ class UnloadAdapterRequest(Strict):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: AdapterName
+    lora_int_id: int | None = Field(None, description="accepted for vLLM's clients, else ignored")

@@ -40,7 +40,9 @@ class Serving:
         self.model = model
         self.metrics = Metrics(model.name, engine.ready)
         self.adapters = ServedAdapters(engine, model.name, model.adapters)
-        self.adapter_metrics = AdapterMetrics(self.metrics.registry, engine.ready.max_loras)
+        self.adapter_metrics = AdapterMetrics(
+            self.metrics.registry, engine.ready.max_loras, self.adapters
+        )
         self.draining = False
         self.num_in_flight = 0
         engine.on_stats = self._on_stats
@@ -175,6 +177,7 @@ class Serving:
         finally:
             self.num_in_flight -= 1
             timer.finish()
+            self.adapter_metrics.finished(adapter)
 
     def timer(self, num_prompt_tokens: int, params: SamplingParams) -> RequestTimer:
         """Start to time a sequence."""
@@ -184,7 +187,8 @@ class Serving:
         """Say whose fault an engine's error is."""
         if self.draining or not self.engine.is_alive:
             return self.cut_off_error()
-        return bad_request(output.error or "refused by the engine")
+        param = "model" if output.status == 404 else None
+        return ApiError(output.status, output.error or "refused by the engine", param)
 
 
 def outputs_of(engine: EngineClient, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
