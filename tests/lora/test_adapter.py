@@ -260,6 +260,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rank_pattern is {'(?i)q_proj': 4}": {"rank_pattern": {"(?i)q_proj": 4}},
     "alpha_pattern is {'a{99999999999}'": {"alpha_pattern": {"a{99999999999}": 4}},
     "target_modules is '((((": {"target_modules": "(" * 6000 + ")" * 6000},
+    "'((.|..)+)+(?<=x)' takes longer than 1.0 s to match model.layers.0.": {
+        "target_modules": "((.|..)+)+(?<=x)"
+    },
     r"'\ud800' is True: this field is not known here": {"\ud800": True},
     "use_frobnication is True: this field is not known here": {"use_frobnication": True},
     "activated LoRA is not supported": {"alora_invocation_tokens": [1]},

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import regex
+
 from headrace.config import ConfigError
 
 # Fields that say nothing about the arithmetic of inference, or that are read below.
@@ -24,6 +26,7 @@ _HARMLESS = frozenset(
 # Starting points that leave the base weights alone. After any other the file's tensors may not be
 # the whole change.
 _KNOWN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
+_PATIENCE = 1.0  # seconds for a pattern and a name: a few us are usual, backtracking has no end
 _LARGEST = 3e38  # the tables of the kernels keep scales in float32
 _REASONS = {
     "use_dora": "DoRA is not supported",
@@ -120,7 +123,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _by_pattern(patterns: Mapping[str, T], key: str, default: T) -> T:
     for pattern, value in patterns.items():
-        if re.match(_end_of_name(pattern), key):
+        if _matches(regex.match, _end_of_name(pattern), key):
             return value
     return default
 
@@ -135,7 +138,18 @@ def _names(names: tuple[str, ...] | str, key: str) -> bool:
         return _ends_with_one(key, names)
     if names.lower() == "all-linear":  # the LM head is not among them
         return key.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-    return bool(re.fullmatch(names, key))
+    return _matches(regex.fullmatch, names, key)
+
+
+def _matches(match: Callable[..., Any], pattern: str, key: str) -> bool:
+    """Whether regex.match or regex.fullmatch finds the pattern; meanwhile other threads go on."""
+    try:
+        return match(pattern, key, timeout=_PATIENCE, concurrent=True) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"adapter_config.json: {pattern!r} takes longer than {_PATIENCE} s to match {key}; "
+            "write it without repetitions in repetitions"
+        ) from None
 
 
 def _ends_with_one(key: str, names: tuple[str, ...]) -> bool:
@@ -157,8 +171,9 @@ def _is_number(value: Any) -> bool:
 
 def _is_pattern(text: str) -> bool:
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
+        re.compile(text)  # as PEFT does; what it takes means the same to regex, which has a timeout
+        regex.compile(text)
+    except (re.error, regex.error, OverflowError, RecursionError):
         return False
     return True
 
