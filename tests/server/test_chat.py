@@ -165,6 +165,7 @@ async def test_required_with_one_tool(tokenizer: Tokenizer) -> None:
         ({"top_logprobs": 3}, None),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"max_tokens": 10_000}, "max_tokens"),
+        ({"max_completion_tokens": 10_000}, "max_completion_tokens"),
         ({"messages": [{"role": "user", "content": "long " * 5000}]}, "messages"),
         ({"logit_bias": {"100000": 1}}, "logit_bias"),
     ],
@@ -184,6 +185,24 @@ async def test_refusals_name_the_field(
     error = response.json()["error"]
     assert error["code"] == 400
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "reason"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], ".0.type", "should be 'text'"),
+        ([{"type": "text", "text": "a"}, {"type": "text"}], ".1.text", "required"),
+        (["a"], ".0", "dictionary"),
+        (5, "", "string"),
+    ],
+)
+async def test_refused_content_names_its_part(
+    tokenizer: Tokenizer, content: Any, param: str, reason: str
+) -> None:
+    messages = [{"role": "user", "content": content}]
+    result, _ = await post(tokenizer, ANSWER, messages=messages)
+    assert result["error"]["param"] == f"messages.0.content{param}"
+    assert reason in result["error"]["message"]
 
 
 @pytest.mark.parametrize("depth", [100, 300, 600, 900, 20_000])
@@ -224,6 +243,12 @@ async def test_stop_string_cuts_content(tokenizer: Tokenizer, stream: bool) -> N
     assert engine.num_closed_early == 1
 
 
+async def test_no_alternatives_need_no_logprobs(tokenizer: Tokenizer) -> None:
+    """0 is vLLM's default, which whoever dumps a request with all its fields sends."""
+    result, _ = await post(tokenizer, ANSWER, top_logprobs=0)
+    assert result["choices"][0]["logprobs"] is None
+
+
 async def test_logprobs_cover_the_content(tokenizer: Tokenizer) -> None:
     result, _ = await post(tokenizer, ANSWER, logprobs=True, top_logprobs=1)
     entries = result["choices"][0]["logprobs"]["content"]
@@ -231,6 +256,24 @@ async def test_logprobs_cover_the_content(tokenizer: Tokenizer) -> None:
     assert all(e["logprob"] == -0.5 and e["top_logprobs"][0]["logprob"] == -1.5 for e in entries)
     _, engine = await post(tokenizer, ANSWER, logprobs=True)
     assert engine.requests[0].params.logprobs == 0
+
+
+@pytest.mark.parametrize("is_harmony", [True, False])
+@pytest.mark.parametrize(
+    "text",
+    ["hello<|return|>", "so<|channel|>final, or not<|return|>", "<|constrain|>fox<|end|>"],
+)
+async def test_logprobs_of_broken_headers(
+    tokenizer: Tokenizer, text: str, is_harmony: bool
+) -> None:
+    """The entries are those of the content, though a special token showed that it was that."""
+    engine = ScriptedEngine(tokenizer.encode(text))
+    async with connect(scripted_app(engine, tokenizer, is_harmony=is_harmony)) as http:
+        body = {"model": "scripted", "messages": [USER], "logprobs": True}
+        response = await http.post("/v1/chat/completions", json=body)
+    choice = response.json()["choices"][0]
+    entries = b"".join(bytes(e["bytes"]) for e in choice["logprobs"]["content"])
+    assert entries.decode() == choice["message"]["content"] != ""
 
 
 async def test_an_answer_can_be_sent_back(tokenizer: Tokenizer) -> None:
@@ -256,6 +299,17 @@ async def test_an_answer_can_be_sent_back(tokenizer: Tokenizer) -> None:
             body = {"model": "scripted", "messages": messages}
             assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
         assert tokenizer.decode(engine.requests[0].prompt_token_ids) == expected
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_reasoning_is_sent_back_under_either_name(tokenizer: Tokenizer, name: str) -> None:
+    template = "{% for m in messages if m.thinking %}{{ m.thinking }}{% endfor %}"
+    engine = ScriptedEngine(tokenizer.encode(ANSWER))
+    async with connect(scripted_app(engine, tokenizer, template)) as http:
+        messages = [USER, {"role": "assistant", "content": "Well.", name: "Hm."}, USER]
+        body = {"model": "scripted", "messages": messages}
+        assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert tokenizer.decode(engine.requests[0].prompt_token_ids) == "Hm."
 
 
 async def test_a_users_special_tokens_are_text(tokenizer: Tokenizer) -> None:

@@ -81,6 +81,27 @@ def test_our_template(tokenizer: Tokenizer, tmp_path: Path) -> None:
     )
 
 
+def test_a_result_goes_by_its_calls_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The latest call of its id; without one, the latest call."""
+
+    def call(call_id: str, name: str) -> dict[str, Any]:
+        return {"id": call_id, "function": {"name": name, "arguments": "{}"}}
+
+    def result(call_id: str) -> dict[str, Any]:
+        return {"role": "tool", "content": call_id, "tool_call_id": call_id}
+
+    messages = [
+        USER,
+        {"role": "assistant", "tool_calls": [call("c1", "add"), call("c2", "weather")]},
+        *(result("c2"), result("c1"), result("unknown")),
+        {"role": "assistant", "tool_calls": [call("c1", "spell"), call("c3", "copy")]},
+        *(result("c1"), result("c2"), {"role": "tool", "content": "no id"}),
+    ]
+    text = ours(tokenizer, tmp_path).render(messages)
+    headers = [part.split(" to=assistant")[0] for part in text.split("<|start|>functions.")[1:]]
+    assert headers == ["weather", "add", "add", "spell", "weather", "weather"]
+
+
 @pytest.mark.skipif("TIKTOKEN_ENCODINGS_BASE" not in os.environ, reason="needs o200k_base.tiktoken")
 @pytest.mark.parametrize("with_tools", [False, True])
 def test_agrees_with_openai(tmp_path: Path, with_tools: bool) -> None:

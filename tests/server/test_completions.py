@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from headrace.server.protocol import CompletionRequest
 from headrace.server.tokenizer import Tokenizer
 from tests.server.live import MODEL_NAME
 from tests.server.scripted_engine import ScriptedEngine, connect, scripted_app
@@ -121,6 +123,13 @@ def test_truncation_and_allowed_tokens(client: openai.OpenAI, tokenizer: Tokeniz
     assert set(result.choices[0].text) <= set(tokenizer.decode([65, 66]))
 
 
+def test_a_thousand_wrong_ids_are_not_a_thousand_errors() -> None:
+    for prompt in ([-1] * 1000, [[-1] * 1000]):
+        with pytest.raises(ValidationError) as refusal:
+            CompletionRequest(model=MODEL_NAME, prompt=prompt)
+        assert refusal.value.error_count() < 10
+
+
 async def test_stop_tokens_end_without_text(tokenizer: Tokenizer) -> None:
     end, dot = tokenizer.special_ids["<|return|>"], tokenizer.encode(",")[0]
     script = [*tokenizer.encode("fox"), dot, end]
@@ -144,6 +153,16 @@ async def test_special_tokens_are_shown_when_asked_for(tokenizer: Tokenizer) -> 
             body = {"model": "scripted", "prompt": "a", "skip_special_tokens": skip}
             choice = (await http.post("/v1/completions", json=body)).json()["choices"][0]
         assert choice["text"] == text
+
+
+@pytest.mark.parametrize("skip", [True, False])
+async def test_echo_is_the_prompt_as_it_was_sent(tokenizer: Tokenizer, skip: bool) -> None:
+    prompt = "<|start|>user<|message|>a"
+    engine = ScriptedEngine(tokenizer.encode("<|channel|>b"))
+    async with connect(scripted_app(engine, tokenizer)) as http:
+        body = {"model": "scripted", "prompt": prompt, "echo": True, "skip_special_tokens": skip}
+        choice = (await http.post("/v1/completions", json=body)).json()["choices"][0]
+    assert choice["text"] == prompt + ("b" if skip else "<|channel|>b")
 
 
 async def test_a_stop_string_waits_for_min_tokens(tokenizer: Tokenizer) -> None:
@@ -211,6 +230,16 @@ def test_refusals_name_the_field(http: httpx.Client, fields: dict[str, Any], par
         assert param.split(".")[0] in error["message"]
 
 
+@pytest.mark.parametrize("field", ["n", "stream", "echo", "min_tokens", "suffix", "best_of"])
+def test_null_is_absent(http: httpx.Client, field: str) -> None:
+    """OpenAI's API has them nullable; whoever dumps a request with all its fields sends them."""
+    body = GREEDY | {"prompt": "a"}
+    plain = http.post("/v1/completions", json=body).json()
+    response = http.post("/v1/completions", json=body | {field: None})
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == plain["choices"]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b'"a"', b"\xff", b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"],
@@ -220,6 +249,21 @@ def test_broken_bodies(http: httpx.Client, content: bytes) -> None:
     response = http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_not_called_json(http: httpx.Client, content_type: str) -> None:
+    """What `curl -d` sends when nobody names the type."""
+    body = json.dumps(GREEDY | {"prompt": "a"})
+    response = http.post("/v1/completions", content=body, headers={"content-type": content_type})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_a_rule_between_fields_is_told_in_its_own_words(http: httpx.Client) -> None:
+    body = GREEDY | {"prompt": "a", "stream_options": {"include_usage": True}}
+    error = http.post("/v1/completions", json=body).json()["error"]
+    assert error["message"] == "stream_options is only allowed with stream=true"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])

@@ -55,6 +55,8 @@ def template_message(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(message.get("content"), list):
         message["content"] = "\n".join(part["text"] for part in message["content"])
     message.setdefault("content", "")
+    if "reasoning" in message:
+        message.setdefault("reasoning_content", message.pop("reasoning"))
     # gpt-oss's own template calls reasoning "thinking", and refuses it beside both content and
     # tool calls, though models write all three; ours reads reasoning_content.
     if "reasoning_content" in message and not (message["content"] and "tool_calls" in message):
@@ -130,8 +132,8 @@ class Chat:
 
     def _sampling_params(self) -> SamplingParams:
         request = self._request
-        wanted = request.max_completion_tokens or request.max_tokens
-        max_tokens = self._serving.fit_output(wanted, len(self._prompt))
+        field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = self._serving.fit_output(getattr(request, field), len(self._prompt), field)
         alternatives = request.top_logprobs or 0
         return self._serving.sampling_params(
             request, max_tokens, logprobs=alternatives if request.logprobs else None
@@ -232,7 +234,7 @@ class AnswerReader:
         self._parser = parser
         self._index = index
         self._stops = StopStrings(request.stop_strings)
-        self._scores: list[TokenLogprobs] = []
+        self._scores: list[TokenLogprobs] = []  # of ordinary tokens
         self._num_tokens = 0
         self._stop_reason: int | str | None = None
         self.finish_reason: str | None = None
@@ -242,7 +244,7 @@ class AnswerReader:
         deltas: list[Delta] = []
         for position, token_id in enumerate(output.token_ids):
             self._num_tokens += 1
-            if output.logprobs:
+            if output.logprobs and token_id not in self._tokenizer.special_tokens:
                 self._scores.append(output.logprobs[position])
             deltas += self._parser.feed(token_id)
         if output.finish_reason is not None:

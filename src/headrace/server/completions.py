@@ -160,7 +160,7 @@ class ChoiceText:
     def __init__(self, tokenizer: Tokenizer, request: CompletionRequest, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
         self._request = request
-        self._detokenizer = IncrementalDetokenizer(tokenizer, request.skip_special_tokens)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
         self._stops = StopStrings(request.stop_strings)
         self._prompt = prompt if request.echo else []
         self._length = 0  # characters so far, those held back too
@@ -197,6 +197,8 @@ class ChoiceText:
             self._length += len(shown)
             text += shown
         self._prompt = []
+        # Only now: what is echoed is the prompt as it was sent.
+        self._detokenizer.skip_special_tokens = self._request.skip_special_tokens
         return text
 
     def _piece(self, text: str, scored: Scored, output: RequestOutput) -> CompletionChoice:

@@ -109,6 +109,10 @@ def explain(error: Any) -> str:
         return "this field is unknown or not supported"
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at byte {error['loc'][-1]}"
+    if isinstance(error["input"], bytes):  # FastAPI parses only what is called JSON
+        return "the body was not read as JSON: send the header Content-Type: application/json"
+    if error["type"] == "value_error":  # ours; pydantic would say "Value error, " before it
+        return str(error["ctx"]["error"])
     return str(error["msg"])
 
 

@@ -35,7 +35,7 @@ class State(Enum):
 
 
 class Delta(NamedTuple):
-    """New text of one kind; tokens are those it came from, for logprobs.
+    """New text of one kind; tokens: how many ordinary tokens, up to the latest, it came from.
 
     call is the number of the tool call; name is set in a call's first delta.
     """
@@ -102,27 +102,27 @@ class HarmonyParser:
             return self._ordinary(self._detokenizer.feed(token_id))
         if name == "<|start|>":
             deltas = self._close()
-            self._open_header(State.ROLE, role="")
+            self._open_header(State.ROLE)
         elif name == "<|channel|>":
             deltas = [] if self._state is State.ROLE else self._close()
-            self._open_header(State.CHANNEL, self._role_part)
+            self._state = State.CHANNEL  # of the header that has begun
         elif name == "<|message|>":
             deltas = [] if self._state is State.CONTENT else self._open_message()
         elif name in ("<|end|>", "<|return|>", "<|call|>"):
             deltas = self._close()
         else:  # <|constrain|> splits words in a header; elsewhere specials mean nothing
-            deltas = self._ordinary(" ") if self._state is State.CHANNEL else []
+            deltas = self._ordinary(" ", tokens=0) if self._state is State.CHANNEL else []
         return deltas
 
     def finish(self) -> list[Delta]:
         """Return what was held back when the output ends here."""
         return self._close()
 
-    def _ordinary(self, text: str) -> list[Delta]:
+    def _ordinary(self, text: str, tokens: int = 1) -> list[Delta]:
         if self._state is State.CONTENT:
             self.num_reasoning_tokens += self._kind == "reasoning"
-            return [self._delta(text, tokens=1)]
-        self._header_tokens += 1
+            return [self._delta(text, tokens)]
+        self._header_tokens += tokens
         if self._state is State.BETWEEN:
             self._state = State.ROLE
         if self._state is State.ROLE:
@@ -136,13 +136,13 @@ class HarmonyParser:
             return CHANNEL.fullmatch(self._channel_part) is not None
         return ROLE.fullmatch(self._role_part) is not None
 
-    def _open_header(self, state: State, role: str) -> None:
+    def _open_header(self, state: State) -> None:
         self._state = state
-        self._role_part, self._channel_part, self._header_tokens = role, "", 0
+        self._role_part, self._channel_part, self._header_tokens = "", "", 0
 
     def _open_message(self) -> list[Delta]:
         header = Header.parse(self._role_part, self._channel_part)
-        self._open_header(State.CONTENT, role="")
+        self._open_header(State.CONTENT)
         self._detokenizer.flush()
         function = self._function(header.recipient)
         if function is not None:
@@ -174,7 +174,7 @@ class HarmonyParser:
     def _give_up_header(self) -> list[Delta]:
         """Turn what looked like a header into content."""
         text, tokens = self._role_part + self._channel_part, self._header_tokens
-        self._open_header(State.CONTENT, role="")
+        self._open_header(State.CONTENT)
         self._start_text("content")
         return [self._delta(text, tokens)]
 
@@ -187,7 +187,7 @@ class HarmonyParser:
         elif self._header_tokens or rest:
             self._channel_part += rest
             deltas = self._give_up_header()
-        self._open_header(State.BETWEEN, role="")
+        self._open_header(State.BETWEEN)
         return deltas
 
 
@@ -198,11 +198,13 @@ class PlainParser:
     num_reasoning_tokens = 0
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=True)
 
     def feed(self, token_id: int) -> list[Delta]:
         """Take one token; return what it adds."""
-        return [Delta("content", self._detokenizer.feed(token_id), tokens=1)]
+        tokens = int(token_id not in self._tokenizer.special_tokens)
+        return [Delta("content", self._detokenizer.feed(token_id), tokens)]
 
     def finish(self) -> list[Delta]:
         """Return what was held back when the output ends here."""

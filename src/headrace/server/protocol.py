@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from headrace.files import MAX_NAME, NAME_CHARACTER
 
@@ -12,6 +12,8 @@ MAX_SEQUENCES = 128  # n * number of prompts in one HTTP request
 INT64_MAX = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# fail_fast: one wrong item is enough; an error for each of a million takes seconds and gigabytes.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIdText = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
@@ -60,6 +62,14 @@ class SamplingFields(Strict):
     )
     user: str | None = Field(None, description="accepted for OpenAI's clients, otherwise ignored")
 
+    @model_validator(mode="before")
+    @classmethod
+    def null_is_absent(cls, body: Any) -> Any:
+        """Drop fields that are null: OpenAI's API takes them so, and its clients dump them."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
     @model_validator(mode="after")
     def stream_options_need_stream(self) -> SamplingFields:
         """Refuse options of a stream that isn't asked for."""
@@ -83,12 +93,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
+        | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_SEQUENCES)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_SEQUENCES),
-        ]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
     )
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="default 16")
     echo: bool = Field(False, description="return the prompt, with logprobs its own too")
@@ -102,7 +109,15 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+def form_of_content(content: Any) -> str:
+    """Tell text from parts, so that an error is about the form that was sent."""
+    return "[parts]" if isinstance(content, list) else "str"
+
+
+Content = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("[parts]")],
+    Discriminator(form_of_content),
+]
 
 
 class InstructionMessage(Strict):
@@ -143,6 +158,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="vLLM's newer name of reasoning_content")
     tool_calls: list[ToolCall] | None = None
     name: str | None = None
     refusal: None = None
@@ -223,7 +239,7 @@ class ChatRequest(SamplingFields, PromptFields):
     @model_validator(mode="after")
     def top_logprobs_need_logprobs(self) -> ChatRequest:
         """Refuse alternatives without logprobs, as OpenAI does."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
         return self
 
@@ -251,7 +267,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 AdapterName = Annotated[

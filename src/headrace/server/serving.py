@@ -106,15 +106,17 @@ class Serving:
             )
         return token_ids
 
-    def fit_output(self, max_tokens: int | None, num_prompt_tokens: int) -> int:
+    def fit_output(
+        self, max_tokens: int | None, num_prompt_tokens: int, param: str = "max_tokens"
+    ) -> int:
         """Return how many tokens may be generated (None: all that fit), or raise 400."""
         room = self.max_model_len - num_prompt_tokens
         wanted = max(room, 1) if max_tokens is None else max_tokens
         if wanted > room:
             raise bad_request(
-                f"max_tokens: the prompt has {num_prompt_tokens} tokens and {wanted} more are "
+                f"{param}: the prompt has {num_prompt_tokens} tokens and {wanted} more are "
                 f"wanted, but this model's maximum context length is {self.max_model_len} tokens",
-                "max_tokens",
+                param,
             )
         return wanted
 

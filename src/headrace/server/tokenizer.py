@@ -88,12 +88,12 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self.skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
         """Return the characters that this token completes."""
-        if self._skip and token_id in self._tokenizer.special_tokens:
+        if self.skip_special_tokens and token_id in self._tokenizer.special_tokens:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
