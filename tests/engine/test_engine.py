@@ -177,6 +177,27 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert engine.stats().prefix_cache_hits == 28
 
 
+def test_only_tokens_that_are_looked_up_count_as_queries() -> None:
+    prompt = list(range(30))
+    for enable, params, queries in (
+        (True, {}, 60),
+        (True, {"prompt_logprobs": 0}, 30),
+        (False, {}, 0),
+    ):
+        engine = toy_engine(enable_prefix_caching=enable)
+        run(engine, add_request("a", prompt))
+        run(engine, add_request("b", prompt, **params))
+        assert engine.stats().prefix_cache_queries == queries
+
+
+def test_a_preempted_request_is_looked_up_once() -> None:
+    engine = toy_engine(kv_cache_memory=pages_to_bytes(14, 4), max_num_seqs=4, max_model_len=48)
+    run(engine, *[add_request(f"r{i}", [i, 5, 9, 2, 7] * 3, max_tokens=24) for i in range(4)])
+    assert engine.stats().num_preemptions > 0
+    assert engine.stats().prefix_cache_queries == 4 * 15
+    assert engine.stats().prefix_cache_hits == 0
+
+
 def test_the_last_prompt_token_is_always_computed() -> None:
     engine = toy_engine()
     prompt = list(range(16))

@@ -97,6 +97,14 @@ def test_a_hit_needs_all_pages_of_full_groups_and_the_last_of_windows() -> None:
     assert cache.match(request(probe)) == 0, "a short prefix needs block 0 in both groups"
 
 
+def test_a_short_prefix_without_its_window_hides_no_longer_one() -> None:
+    for windows in [(0, 6), (6, 0)]:
+        cache = cache_of(windows)
+        cache.release(computed(cache, list(range(30))))
+        forget(cache.pools[windows.index(6)], 0)
+        assert cache.match(request([*range(28), 99, 99])) == 7
+
+
 def forget(pool: PagePool, block: int, tokens: list[int] | None = None) -> None:
     named = request(tokens or list(range(30)))
     named.extend_hashes(block + 1, BLOCK)

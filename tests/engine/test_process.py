@@ -75,6 +75,20 @@ async def test_leaving_the_iteration_aborts_the_request(client: EngineClient) ->
     assert tokens_of(again) == alone(add_request("a", [1, 2, 3]))
 
 
+async def test_leaving_after_the_end_spares_the_next_request_of_that_id(
+    client: EngineClient,
+) -> None:
+    first = client.generate(add_request("a", [1, 2, 3], max_tokens=2))
+    await anext(first)
+    request = add_request("a", [4, 5, 6], max_tokens=50)
+    second = client.generate(request)
+    while (begin := await anext(second)).error:  # the id is in use until the last output is here
+        await asyncio.sleep(0)
+        second = client.generate(request)
+    await first.aclose()  # type: ignore[attr-defined]
+    assert tokens_of([begin, *[output async for output in second]]) == alone(request)
+
+
 async def test_cancelling_the_consumer_aborts_the_request(client: EngineClient) -> None:
     task = asyncio.create_task(collect(client, add_request("a", [1, 2], max_tokens=ENDLESS)))
     while not client.stats.num_running:

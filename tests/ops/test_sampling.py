@@ -201,3 +201,14 @@ def test_logprobs_and_ranks(num_top: int) -> None:
         assert ids[i].tolist() == [chosen[i], *order[:num_top]]
         assert logprobs[i].tolist() == pytest.approx([expected[t] for t in ids[i]], abs=1e-5)
         assert ranks[i] == order.index(int(chosen[i])) + 1
+
+
+def test_alternatives_with_equal_logits_are_those_of_the_lowest_ids() -> None:
+    logits = random_logits(4, rows=2, vocab=1000).round()
+    logits[0, ::3] = -0.0
+    rows, chosen = torch.tensor([0, 1]), torch.tensor([0, 5])
+    for i, row in enumerate(logits.tolist()):
+        order = sorted(range(1000), key=lambda t: -row[t])
+        for num_top in (1, 5, 20, 1000):  # what others in the batch want changes nothing
+            ids, _, _ = sampling.top_logprobs(logits, rows, chosen, num_top)
+            assert ids[i].tolist() == [chosen[i], *order[:num_top]]

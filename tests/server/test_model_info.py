@@ -54,3 +54,17 @@ def test_a_bad_file_is_named(
         (folder / name).write_text(content)
     with pytest.raises(ConfigError, match=name):
         load_model_info(folder, tokenizer, ServerConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_k", 2**31), ("top_k", "5"), ("min_p", 2), ("temperature", -1), ("top_p", 0)],
+)
+def test_a_default_that_no_request_may_send_is_named(
+    folder: Path, tokenizer: Tokenizer, name: str, value: object
+) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ConfigError, match=f"generation_config.json: {name} is {value!r}: Input"):
+        load_model_info(folder, tokenizer, ServerConfig())
+    own = load_model_info(folder, tokenizer, ServerConfig(generation_config="none"))
+    assert own.sampling_defaults == {}

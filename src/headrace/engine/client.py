@@ -130,7 +130,8 @@ class EngineClient:
                 finished = output.finish_reason is not None
                 yield output
         finally:
-            if not finished:
+            # once its last output is here the id may be another request's
+            if self._queues.get(request_id) is queue:
                 self.abort([request_id])
 
     def _refusal(self, request_id: str) -> str | None:

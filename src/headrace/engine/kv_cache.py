@@ -74,13 +74,17 @@ class KVCache:
         """The first block that a query at this position sees."""
         return max(0, position - window + 1) // self.block_size if window else 0
 
+    def looks_up(self, request: Request) -> bool:
+        """Whether a prefix may be found: who scores a prompt computes all of it."""
+        return self.find_prefixes and not request.owes_prompt_logprobs
+
     def match(self, request: Request) -> int:
         """Blocks of the longest usable cached prefix; the last token is always left to compute.
 
         A prefix of n blocks is usable if each group has the blocks that the token after it
         sees: all n for full attention, the last few for a window.
         """
-        if not self.find_prefixes or request.owes_prompt_logprobs:
+        if not self.looks_up(request):
             return 0
         longest = (request.num_tokens - 1) // self.block_size
         request.extend_hashes(longest, self.block_size)
@@ -92,7 +96,7 @@ class KVCache:
                 runs[g] = runs[g] + 1 if block_hash in pool.page_of else 0
                 needed = n - self.first_visible_block(window, n * self.block_size)
                 usable &= runs[g] >= needed
-                if not window and not usable:
+                if not window and runs[g] < needed:  # nor is any longer prefix usable
                     return best
             best = n if usable else best
         return best

@@ -119,8 +119,10 @@ class Scheduler:
         return True
 
     def _count_admission(self, request: Request) -> None:
-        self.prefix_cache_queries += request.num_tokens
-        self.prefix_cache_hits += request.num_computed
-        if request.num_cached is None:
-            request.num_cached = request.num_computed
-            request.queued_s = max(0.0, time.monotonic() - request.arrival[0])
+        if request.num_cached is not None:
+            return  # preempted: what it finds are its own tokens, not another request's
+        request.num_cached = request.num_computed
+        request.queued_s = max(0.0, time.monotonic() - request.arrival[0])
+        if self.cache.looks_up(request):
+            self.prefix_cache_queries += request.num_tokens
+            self.prefix_cache_hits += request.num_computed

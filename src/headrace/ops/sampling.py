@@ -169,8 +169,8 @@ def top_logprobs(
 
     Returns:
         token ids [num_scores, 1 + num_top] int64 (the chosen one first; num_top is at most the
-        vocabulary), their log-probabilities fp32, and the chosen tokens' ranks [num_scores] int64,
-        1 = most likely.
+        vocabulary; equal logits rank by token id), their log-probabilities fp32, and the chosen
+        tokens' ranks [num_scores] int64, 1 = most likely.
     """
     num_top = min(num_top, logits.shape[-1])
     if dispatch.takes_kernel(logits):
@@ -179,8 +179,19 @@ def top_logprobs(
         return sampling_kernel.top_logprobs(logits, rows, chosen, num_top)
     logits = logits[rows]
     rank = (logits > logits.gather(1, chosen[:, None])).sum(-1) + 1
-    ids = torch.cat([chosen[:, None], logits.topk(num_top, dim=-1).indices], 1)
+    ids = torch.cat([chosen[:, None], most_likely(logits, num_top)], 1)
     shifted = logits - logits.amax(-1, keepdim=True)
     # summed in float32, 201,088 tokens gave an error of 2e-5 (torch 2.13)
     log_total = shifted.exp().sum(-1, keepdim=True, dtype=torch.float64).log()
     return ids, (shifted.gather(1, ids) - log_total).float(), rank
+
+
+def most_likely(logits: Tensor, num_top: int) -> Tensor:  # [num_rows, num_top] int64
+    """The num_top largest logits of each fp32 row, equal ones by token id.
+
+    topk's order of equal values depends on how many are asked for, which is the batch's maximum.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there is no -0.0 any more
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()  # compare as the logits do
+    before = torch.arange(logits.shape[-1] - 1, -1, -1, device=logits.device)
+    return (ordered << 32 | before).topk(num_top, dim=-1).indices

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from headrace.config import ConfigError, ServerConfig
 from headrace.files import parse_module, read_json
 from headrace.server.chat_template import ChatTemplate, load_template_source
 from headrace.server.harmony import speaks_harmony
+from headrace.server.protocol import SamplingFields
 from headrace.server.tokenizer import Tokenizer
 
 CHAT_STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
@@ -44,12 +47,14 @@ def load_model_info(
     vocab_size = model_config.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ConfigError(f"{model_dir / 'config.json'}: vocab_size is {vocab_size}, not a number")
-    generation = read_json(model_dir / "generation_config.json", missing_ok=True)
+    generation_file = model_dir / "generation_config.json"
+    generation = read_json(generation_file, missing_ok=True)
     eos = generation.get("eos_token_id", model_config.get("eos_token_id")) or []
     is_harmony = speaks_harmony(tokenizer)
     chat_stops = [tokenizer.special_ids.get(name) for name in CHAT_STOPS] if is_harmony else []
     source = load_template_source(model_dir, is_harmony)
     defaults = {} if config.generation_config == "none" else sampling_defaults(generation)
+    check_defaults(defaults, generation_file)
     name = config.served_model_name or model_dir.resolve().name
     adapters = tuple(parse_module(module) for module in lora_modules)
     if name in dict(adapters):
@@ -71,6 +76,18 @@ def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
     greedy = {"temperature": 0.0} if generation.get("do_sample") is False else {}
     given = {k: v for k, v in generation.items() if k in SAMPLING_DEFAULTS and v is not None}
     return greedy | given
+
+
+def check_defaults(defaults: dict[str, Any], path: Path) -> None:
+    """ConfigError for a value that no request may send: the engine trusts what it gets."""
+    for name, value in defaults.items():
+        try:
+            SamplingFields.model_validate({"model": "", name: value})
+        except ValidationError as error:
+            raise ConfigError(
+                f"{path}: {name} is {value!r}: {error.errors()[0]['msg']}; correct it, or give "
+                "--generation-config none"
+            ) from None
 
 
 def unique_ids(ids: list[int | None]) -> tuple[int, ...]:
