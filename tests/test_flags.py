@@ -65,6 +65,7 @@ def headrace(*args: str) -> subprocess.CompletedProcess[str]:
     [
         (("serve", "no/such/directory"), "no/such/directory"),
         (("serve", "--max-num-seqs", "0"), "--max-num-seqs is 0"),
+        (("serve", "--generation-config", "vllm"), "'vllm'; it must be one of auto, none"),
         (("generate", "hi", "--device", "tpu"), "tpu"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The `headrace` command: serve, generate, profile, eval, bench, lora, doctor."""
+"""The `headrace` command: serve, generate, profile, eval, bench, lora, doctor, version."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from rich.console import Console
 from headrace import __version__
 from headrace.bench.commands import app as bench_app
 from headrace.bench.commands import profile
-from headrace.bench.list_options import ListOptions
 from headrace.config import ConfigError, EngineConfig, ServerConfig
 from headrace.eval.command import evaluate
 from headrace.files import BUNDLED_MODEL
-from headrace.flags import with_configs
+from headrace.flags import ListOptions, with_configs
 from headrace.lora.commands import app as lora_app
 
 app = typer.Typer(

@@ -11,9 +11,17 @@ class ConfigError(ValueError):
     """A caller's mistake in flags or in a checkpoint: shown as one line, exit status 2."""
 
 
-def flag(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """Declare a field that becomes a flag: its default, its help text and its legal range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def flag(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a field that becomes a flag: its default, help text, and legal range or values."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,9 @@ class ServerConfig:
     served_model_name: str = flag("", "name in the API (default: the directory's name)")
     api_key: tuple[str, ...] = flag((), "accept only requests with one of these bearer tokens")
     generation_config: str = flag(
-        "auto", "auto: sampling defaults from generation_config.json; none: the API's own"
+        "auto",
+        "auto: sampling defaults from generation_config.json; none: the API's own",
+        choices=("auto", "none"),
     )
     drain_timeout: float = flag(30.0, "seconds that running requests get after SIGTERM", low=0)
     enable_tools: bool = flag(True, "parse and offer function calls in chat")
@@ -65,6 +75,10 @@ def check_ranges(config: Any) -> None:
     """Raise ConfigError naming the flag, its value and what is allowed."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
+        choices = f.metadata.get("choices")
+        if choices and value not in choices:
+            allowed = f"one of {', '.join(choices)}"
+            raise ConfigError(f"{flag_name(f)} is {value!r}; it must be {allowed}")
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if (low is not None and value < low) or (high is not None and value > high):

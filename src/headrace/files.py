@@ -68,7 +68,8 @@ def parse_module(text: str) -> tuple[str, Path]:
     else:
         name, _, path = text.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
-        raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY")
+        json_form = '{"name": NAME, "path": DIRECTORY}'
+        raise ConfigError(f"--lora-modules {text}: it must be NAME=DIRECTORY or {json_form}")
     is_unicode = not re.search(r"[\ud800-\udfff]", name)
     if not (is_unicode and re.fullmatch(f"{NAME_CHARACTER}{{1,{MAX_NAME}}}", name)):
         rule = f"1 to {MAX_NAME} characters of valid Unicode, none of them a control character"

@@ -1,4 +1,7 @@
-"""Command-line flags made from the fields of the configuration dataclasses."""
+"""Command-line flags made from the fields of the configuration dataclasses.
+
+Those that hold a list take several values after one name, as `--goodput ttft:200 tpot:50`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from headrace.config import flag_name
 
@@ -43,6 +47,24 @@ def with_configs(**configs: type) -> Callable[[Callable[..., None]], Callable[..
         return run
 
     return decorate
+
+
+class ListOptions(TyperCommand):
+    """A command whose repeatable options also take lists; its arguments come before them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write `--name a b` as `--name a --name b`, which click knows, before it parses."""
+        lists = {n for p in self.params if getattr(p, "multiple", False) for n in p.opts}
+        spread: list[str] = []
+        name = ""  # of the list whose values may go on
+        for arg in args:
+            if arg.startswith("-"):
+                name = ""
+            elif name and spread[-1] != name:
+                spread.append(name)
+            spread.append(arg)
+            name = arg if arg in lists else name
+        return super().parse_args(ctx, spread)
 
 
 def _field_names(configs: dict[str, type]) -> set[str]:

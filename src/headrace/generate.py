@@ -28,7 +28,10 @@ def ask(
     prompt = tokenizer.encode(prompt_text(model, question))
     room = engine.max_model_len - len(prompt)
     if room < 1:
-        raise ConfigError(f"the prompt has {len(prompt)} tokens, the model {len(prompt) + room}")
+        raise ConfigError(
+            f"the prompt has {len(prompt)} tokens; it must have at most "
+            f"{engine.max_model_len - 1}, for --max-model-len is {engine.max_model_len}"
+        )
     params = SamplingParams(
         max_tokens=min(max_tokens, room),
         temperature=temperature,

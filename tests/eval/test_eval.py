@@ -12,10 +12,10 @@ import typer
 from aiohttp import web
 from typer.testing import CliRunner, Result
 
-from headrace.bench.list_options import ListOptions
 from headrace.eval.bundled import load_questions
 from headrace.eval.command import evaluate
 from headrace.files import BUNDLED_MODEL
+from headrace.flags import ListOptions
 from tests.bench.fake_server import FakeServer
 
 app = typer.Typer()

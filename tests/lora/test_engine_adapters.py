@@ -15,8 +15,8 @@ import pytest
 from torch import Tensor
 
 from headrace.config import ConfigError, EngineConfig
-from headrace.engine.adapters import slot_of
 from headrace.engine.engine import Engine
+from headrace.engine.lora_rows import slot_of
 from headrace.engine.messages import (
     AdapterReply,
     AddRequest,

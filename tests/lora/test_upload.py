@@ -1,4 +1,4 @@
-"""Copies through blocks, and threads that compute alone."""
+"""Copies through blocks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,3 @@ def test_an_upload_is_a_copy_with_the_same_strides(
         copy = uploader.upload(sign * source)
         assert torch.equal(copy, sign * before)
         assert copy.stride() == source.stride()
-
-
-def test_helpers_compute_alone() -> None:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert upload.helpers().submit(torch.get_num_threads).result() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(num_threads)

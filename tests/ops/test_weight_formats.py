@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from headrace.ops.mxfp4_kernel import RowOrder
-from headrace.ops.weight_formats import FORMATS, WeightFormat, dequantized
+from headrace.ops.weight_formats import FORMATS, WeightFormat, dequantized, in_gpu_layout
 
 SHAPES = [(2, 96, 160), (1, 64, 128), (3, 6, 32)]  # [num_experts, out_features, in_features]
 form_names = pytest.mark.parametrize("name", FORMATS)
@@ -72,6 +72,21 @@ def test_a_changed_bit_is_noticed(name: str) -> None:
     assert not torch.equal(tensors_of(form.restore(on_gpu))[0], first)
 
 
+@form_names
+def test_a_checkpoints_weight_finds_its_format(name: str) -> None:
+    packed = FORMATS[name].quantize(random_weight((2, 96, 160)))
+    assert isinstance(in_gpu_layout(packed, RowOrder.INTERLEAVED), FORMATS[name].gpu_type)
+
+
+def test_a_transposed_dense_weight_is_stored_contiguously() -> None:
+    weight = random_weight((2, 160, 96)).bfloat16().transpose(1, 2)
+    on_gpu = in_gpu_layout(weight, RowOrder.PLAIN)
+    assert on_gpu.values.is_contiguous()
+    assert torch.equal(on_gpu.values, weight)
+
+
 def test_an_unknown_layout_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a list is in no known format; there are \['mxfp4'"):
+        in_gpu_layout([1.0], RowOrder.PLAIN)
     with pytest.raises(ValueError, match=r"a list is in no known format; there are \['mxfp4'"):
         dequantized([1.0], torch.float32)

@@ -9,11 +9,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from headrace.bench.list_options import ListOptions
 from headrace.bench.serve_config import ServeBenchConfig
 from headrace.config import EngineConfig
 from headrace.files import BUNDLED_MODEL
-from headrace.flags import with_configs
+from headrace.flags import ListOptions, with_configs
 
 app = typer.Typer(help="Measure kernels, the engine and a server.", no_args_is_help=True)
 

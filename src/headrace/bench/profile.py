@@ -63,7 +63,8 @@ def run_profile(
     Raises ConfigError if the sizes don't fit.
     """
     if not batches or min(*batches, prompt) < 1:
-        raise ConfigError("--batch and --prompt must be at least 1")
+        shown = ",".join(map(str, batches))
+        raise ConfigError(f"--batch is {shown}, --prompt {prompt}; all must be at least 1")
     engine = Engine(replace(config, max_num_seqs=max(batches), enable_prefix_caching=False))
     console, name = Console(), device_name(engine)
     rows = profile_prefill(engine, prompt)

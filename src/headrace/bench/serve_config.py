@@ -20,7 +20,11 @@ INF = math.inf
 class ServeBenchConfig:
     """A load: on which server, of what requests, how fast they come, and what is reported."""
 
-    backend: str = flag("openai", "openai: /v1/completions; openai-chat: /v1/chat/completions")
+    backend: str = flag(
+        "openai",
+        "openai: /v1/completions; openai-chat: /v1/chat/completions",
+        choices=tuple(ENDPOINTS),
+    )
     base_url: str = flag("", "the server's URL, in place of --host and --port")
     host: str = flag("127.0.0.1", "the server's address")
     port: int = flag(8000, "the server's port", low=1, high=65535)
@@ -31,7 +35,7 @@ class ServeBenchConfig:
     )
     ready_check_timeout_sec: float = flag(0, "seconds to wait for the server to answer", low=0)
 
-    dataset_name: str = flag("random", "random, sharegpt or custom")
+    dataset_name: str = flag("random", "random, sharegpt or custom", choices=DATASETS)
     dataset_path: Path | None = flag(None, "file of --dataset-name sharegpt or custom")
     num_prompts: int = flag(1000, "how many requests to send", low=1)
     seed: int = flag(0, "seed of the data, of the arrivals and of the adapters' choice")
@@ -63,7 +67,9 @@ class ServeBenchConfig:
     min_p: float | None = flag(None, "sent if given", low=0, high=1)
     extra_body: str = flag("", "JSON object of more fields to send")
     lora_modules: tuple[str, ...] = flag((), "adapters: each request asks for one of them")
-    lora_assignment: str = flag("random", "random or round-robin")
+    lora_assignment: str = flag(
+        "random", "random or round-robin", choices=("random", "round-robin")
+    )
 
     percentile_metrics: str = flag("ttft,tpot,itl", "which of ttft, tpot, itl, e2el to report")
     metric_percentiles: str = flag("99", "percentiles to report, as in 50,90,99")
@@ -76,9 +82,6 @@ class ServeBenchConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        one_of("--backend", self.backend, tuple(ENDPOINTS))
-        one_of("--dataset-name", self.dataset_name, DATASETS)
-        one_of("--lora-assignment", self.lora_assignment, ("random", "round-robin"))
         for name in ("request_rate", "burstiness"):
             if not getattr(self, name) > 0:
                 flag_name = "--" + name.replace("_", "-")

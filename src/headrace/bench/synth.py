@@ -17,7 +17,7 @@ from headrace.bench.synth_tokenizer import special_ids, write_tokenizer
 from headrace.config import ConfigError
 from headrace.models.config import GptOssConfig, parse_config
 from headrace.models.gpt_oss_weights import tensor_shapes
-from headrace.models.weights import INDEX_NAME
+from headrace.models.weights import INDEX_NAME, split_shards
 
 SHARD_BYTES = 5_000_000_000  # as in the public checkpoints
 ROUTER_STD = 0.05
@@ -95,32 +95,21 @@ def write_synthetic(
     path.mkdir(parents=True, exist_ok=True)
     if any(path.glob("*.safetensors")):
         raise ConfigError(f"{path} holds a checkpoint already; delete it or name another directory")
-    shards = _split({n: RandomTensor(shape, _table(n, typed)) for n, shape in shapes.items()})
+    tensors = {n: RandomTensor(shape, _table(n, typed)) for n, shape in shapes.items()}
+    shards = split_shards({n: t.num_bytes for n, t in tensors.items()}, SHARD_BYTES)
     files = {
-        path / f"model-{i:05}-of-{len(shards) - 1:05}.safetensors": shard
+        path / f"model-{i:05}-of-{len(shards) - 1:05}.safetensors": {n: tensors[n] for n in shard}
         for i, shard in enumerate(shards)
     }
     write_random(files, seed, progress)
     weight_map = {name: file.name for file, shard in files.items() for name in shard}
-    size = sum(tensor.num_bytes for shard in shards for tensor in shard.values())
+    size = sum(tensor.num_bytes for tensor in tensors.values())
     _write_json(path / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", _generation_config(config["vocab_size"]))
     write_tokenizer(path, config["vocab_size"])
     template = resources.files("headrace") / "data" / "harmony.jinja"
     (path / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"))
-
-
-def _split(tensors: dict[str, RandomTensor]) -> list[dict[str, RandomTensor]]:
-    shards: list[dict[str, RandomTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.num_bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.num_bytes
-    return shards
 
 
 def _table(name: str, config: GptOssConfig) -> Table:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import torch
-
 from headrace.config import ConfigError, EngineConfig
 from headrace.engine.cache_size import memory_for
 from headrace.engine.messages import AdapterReply, LoadAdapter, UnloadAdapter
 from headrace.engine.request import NoAdapterError, Request
-from headrace.engine.scheduler import Plan
-from headrace.engine.staging import Staging
 from headrace.files import directory, parse_module
 from headrace.lora import check
 from headrace.lora.adapter import AdapterNotFoundError
-from headrace.lora.load import Lora, told
+from headrace.lora.load import Lora, error_text
 from headrace.lora.loader import Loader
 from headrace.lora.memory import LoraMemory, full_size
 from headrace.lora.pool import LoraPool, PoolNews
-from headrace.lora.rows import row_arrays
 from headrace.lora.targets import model_sites
 from headrace.models import Model
-from headrace.ops.lora import LoraBatch, LoraRows, LoraWeights
+from headrace.ops.lora import LoraWeights
 
 PATIENCE = 0.01  # seconds that a step with nothing else to do waits for a load
 
@@ -39,7 +31,8 @@ class Adapters:
         modules = [parse_module(module) for module in config.lora_modules]
         names = [name for name, _ in modules]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(f"--lora-modules {twice[0]}: two adapters have this name")
+            reason = "two adapters have this name; give each one of its own"
+            raise ConfigError(f"--lora-modules {twice[0]}: {reason}")
         self._replies: list[AdapterReply] = []
         self.pool: LoraPool[Request] | None = None
         if config.enable_lora:
@@ -59,12 +52,12 @@ class Adapters:
         Not before kernels are compiled: the self-checks launch them.
         """
         for name, path in self._modules:
-            self._sure.load(name, path)
+            self._existing_pool.load(name, path)
         while self.is_loading:
-            self._sure.wait(PATIENCE)
-            for name, error in self._sure.advance().loads:
+            self._existing_pool.wait(PATIENCE)
+            for name, error in self._existing_pool.advance().loads:
                 if error is not None:
-                    raise ConfigError(f"--lora-modules {name}: {told(error)}") from error
+                    raise ConfigError(f"--lora-modules {name}: {error_text(error)}") from error
 
     def find(self, name: str | None) -> Lora[Request] | None:
         """The adapter of a request; None for the base model. NoAdapterError for unknown names."""
@@ -76,11 +69,11 @@ class Adapters:
 
     def arrive(self, request: Request) -> bool:
         """Whether a new request may go to the scheduler now; else `advance` returns it later."""
-        return request.lora is None or self._sure.arrive(request.lora, request)
+        return request.lora is None or self._existing_pool.arrive(request.lora, request)
 
     def leave(self, request: Request) -> bool:
         """Forget a request, done or not. Returns whether it was waiting for its adapter."""
-        return request.lora is not None and self._sure.leave(request.lora, request)
+        return request.lora is not None and self._existing_pool.leave(request.lora, request)
 
     def advance(self) -> PoolNews[Request]:
         """What has been loaded since the last step."""
@@ -94,7 +87,7 @@ class Adapters:
     def wait(self) -> None:
         """Sleep a moment if there is a load to wait for."""
         if self.is_loading:
-            self._sure.wait(PATIENCE)
+            self._existing_pool.wait(PATIENCE)
 
     @property
     def weights(self) -> LoraWeights | None:
@@ -153,60 +146,15 @@ class Adapters:
         return replies
 
     def _reply(self, name: str, error: Exception | None) -> None:
-        text = None if error is None else told(error)
+        text = None if error is None else error_text(error)
         not_found = isinstance(error, AdapterNotFoundError)
         self._replies.append(AdapterReply(name, text, not_found))
 
     @property
-    def _sure(self) -> LoraPool[Request]:
+    def _existing_pool(self) -> LoraPool[Request]:
+        """The pool, for callers that have an adapter and so know that there is one."""
         assert self.pool is not None, "a request with an adapter, but no pool"
         return self.pool
-
-
-class LoraStaging:
-    """Says on the device which rows of a step belong to which adapter."""
-
-    def __init__(self, weights: LoraWeights, max_rows: int, device: torch.device) -> None:
-        self._weights = weights
-        self._num_slots = weights.lm_head.rank.shape[1]
-        lengths = 2 * [max_rows, max_rows, self._num_slots, self._num_slots + 1]
-        self._staging = Staging([4 * n for n in lengths], device)
-
-    def put(self, slots: np.ndarray, num_rows: int, output_rows: np.ndarray) -> LoraBatch:
-        """The slots of the first rows' adapters, int32, -1 for none; the other rows have none.
-
-        Batches of the same numbers of rows and outputs get the same addresses.
-        """
-        slots = np.pad(slots, (0, num_rows - len(slots)), constant_values=-1)
-        arrays = row_arrays(slots, self._num_slots)
-        arrays += row_arrays(slots[output_rows], self._num_slots)
-        # each aligned, so that the kernels are compiled once and not for each remainder
-        parts = self._staging.put(arrays)
-        return LoraBatch(self._weights, LoraRows(*parts[:4]), LoraRows(*parts[4:]))
-
-
-def by_adapter(plan: Plan) -> Plan:
-    """The same, requests of one adapter side by side.
-
-    A block of an expert's rows then seldom has rows of two adapters, which the kernels take one
-    after the other.
-    """
-    return dict(sorted(plan.items(), key=lambda item: slot_of(item[0])))
-
-
-def slots_of(work: Sequence[tuple[Request, int]]) -> np.ndarray:
-    """The slot of the adapter of each row of (request, number of tokens), int32; -1 for none."""
-    slots = np.array([slot_of(request) for request, _ in work], dtype=np.int32)
-    return np.repeat(slots, [n for _, n in work])
-
-
-def slot_of(request: Request) -> int:
-    """Where the adapter of a scheduled request is; -1 without one."""
-    if request.lora is None:
-        return -1
-    assert request.lora.ready, request
-    assert request.lora.slot is not None, request
-    return request.lora.slot
 
 
 def make_pool(config: EngineConfig, model: Model) -> LoraPool[Request]:

@@ -29,7 +29,7 @@ from headrace.engine.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from headrace.engine.spawn import MakeEngine, run
+from headrace.engine.spawn import MakeEngine, Progress, run
 
 LAST_WORDS = 0.2  # seconds between the end of the process and reading no more of its messages
 EXIT_PATIENCE = 5.0  # seconds that the process gets to exit before it is killed
@@ -52,7 +52,7 @@ class EngineClient:
         config: EngineConfig,
         *,
         make: MakeEngine | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Progress | None = None,
         on_stats: Callable[[EngineStats], None] | None = None,
     ) -> None:
         self.config = config

@@ -12,7 +12,8 @@ import inspect
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -85,6 +86,23 @@ class Compilers:
         return compiled
 
 
+@contextmanager
+def counted_compiles() -> Iterator[list[bool]]:
+    """A list that grows by one for each kernel made ready: whether it had to be compiled."""
+    from triton import knobs
+
+    compiled: list[bool] = []
+
+    def listen(*, cache_hit: bool, **_: Any) -> None:
+        compiled.append(not cache_hit)
+
+    before, knobs.compilation.listener = knobs.compilation.listener, listen
+    try:
+        yield compiled
+    finally:
+        knobs.compilation.listener = before
+
+
 def _compile_until_end(connection: Connection) -> None:
     """The life of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: it ends with its caller
@@ -104,8 +122,6 @@ def _compile_until_end(connection: Connection) -> None:
 
 def _compile(key: str, src: Any, target: Any, options: dict[str, Any], env: dict[str, str]) -> bool:
     from triton.compiler import compiler
-
-    from headrace.engine.warmup import counted_compiles
 
     # the caller's key: it depends on the order in which a process sees its kernels
     compiler.get_cache_key = lambda *args, **kwargs: key

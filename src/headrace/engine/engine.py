@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.adapters import Adapters, by_adapter
+from headrace.engine.adapters import Adapters
 from headrace.engine.cache_size import cache_memory, memory_for, page_bytes, plan_cache
 from headrace.engine.compilers import Compilers, num_compilers
 from headrace.engine.kv_cache import KVCache
+from headrace.engine.lora_rows import by_adapter
 from headrace.engine.messages import (
     AddRequest,
     EngineReady,

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -32,13 +31,11 @@ from headrace.engine.messages import (
     UnloadAdapter,
 )
 from headrace.engine.phases import settle
+from headrace.engine.spawn import MakeEngine, Progress
 from headrace.engine.threads import share_python
 
 STATS_INTERVAL = 0.25  # seconds between two EngineStats while there is work
 LINGER_MS = 1000  # time that the last words get to leave
-
-Progress = Callable[[int, int], None]
-MakeEngine = Callable[[EngineConfig, Progress], Engine]
 
 
 class ParentDied(Exception):

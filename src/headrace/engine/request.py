@@ -41,7 +41,7 @@ class Request:
     request_id: str
     prompt_len: int
     params: SamplingParams
-    adapter: str | None  # salts the hashes of the prefix cache
+    adapter: str | None  # uid of its load, which salts the hashes of the prefix cache
     arrival: tuple[float, int]
     seed: int
     token_ids: array[int]  # prompt, then output as far as the host has read it
@@ -81,7 +81,7 @@ class Request:
         return self.num_in_flight > 0 and self.num_tokens >= self.limit
 
     def use(self, lora: Lora[Request] | None) -> None:
-        """Have an adapter; each load of one has cache pages of its own."""
+        """Set the request's adapter; each load of one has cache pages of its own."""
         self.lora = lora
         self.adapter = None if lora is None else str(lora.uid)
 
@@ -150,7 +150,7 @@ def new_request(
         request_id=message.request_id,
         prompt_len=len(message.prompt_token_ids),
         params=message.params,
-        adapter=message.adapter,
+        adapter=None,  # until `use`
         arrival=(message.arrival_time, index),
         seed=request_seed(engine_seed, message.request_id) if seed is None else seed,
         token_ids=array("q", message.prompt_token_ids),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine.adapters import LoraStaging, slots_of
 from headrace.engine.flat_rows import FlatRows
 from headrace.engine.graphs import Graphs, chunk_sizes, graph_sizes
+from headrace.engine.lora_rows import LoraStaging, slots_of
 from headrace.engine.scheduler import MAX_SCORED_ROWS, Plan
 from headrace.engine.staging import Staging
 from headrace.models import Batch, KVGroup, Model

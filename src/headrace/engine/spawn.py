@@ -10,7 +10,8 @@ from typing import Any
 from headrace.config import EngineConfig
 from headrace.files import read_ahead
 
-MakeEngine = Callable[[EngineConfig, Callable[[int, int], None]], Any]
+Progress = Callable[[int, int], None]  # (done, total), while the checkpoint is read
+MakeEngine = Callable[[EngineConfig, Progress], Any]  # an Engine, which is not imported here
 
 
 def run(config: EngineConfig, address: str, make: MakeEngine | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from headrace.config import ConfigError
-from headrace.engine.compilers import Compilers
+from headrace.engine.compilers import Compilers, counted_compiles
 
 
 @dataclass(frozen=True)
@@ -144,20 +144,3 @@ def nothing_collected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-@contextmanager
-def counted_compiles() -> Iterator[list[bool]]:
-    """A list that grows by one for each kernel made ready: whether it had to be compiled."""
-    from triton import knobs
-
-    compiled: list[bool] = []
-
-    def listen(*, cache_hit: bool, **_: Any) -> None:
-        compiled.append(not cache_hit)
-
-    before, knobs.compilation.listener = knobs.compilation.listener, listen
-    try:
-        yield compiled
-    finally:
-        knobs.compilation.listener = before

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from headrace.bench.commands import BUNDLED_MODEL
 from headrace.eval.config import EvalConfig
+from headrace.files import BUNDLED_MODEL
 from headrace.flags import with_configs
 
 

@@ -20,7 +20,7 @@ from headrace.lora.factors import ExpertFactors, ExpertName, Factors, stack_expe
 from headrace.lora.lease import Lease
 from headrace.lora.peft_config import PeftConfig, parse_peft_config
 from headrace.lora.targets import EMBEDDING, LM_HEAD, Target
-from headrace.lora.upload import helpers
+from headrace.lora.threads import helpers
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("BF16", "F16", "F32")
@@ -171,7 +171,10 @@ class _Reader:
         return pairs
 
     def _compare(self, name: str, base_name: str) -> None:
-        """PEFT saves the weights of an adapted embedding or LM head beside the factors."""
+        """Refuse a copy of a base tensor that differs from it.
+
+        PEFT saves the weights of an adapted embedding or LM head beside the factors.
+        """
         base = self._base(base_name)
         copy = self._file.get_tensor(name)
         if copy.shape != base.shape or not all(
@@ -263,6 +266,7 @@ class _Reader:
             self.applied.append(module)
 
     def _check_stacked(self, name: str, rank: int) -> None:
+        """Refuse gate and up whose ranks, added up by `stack_experts`, are too large."""
         if rank > self._max_rank:
             reason = f"gate and up together have rank {rank}, above --max-lora-rank"
             self._refuse(name, f"{reason} {self._max_rank}")

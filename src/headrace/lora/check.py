@@ -16,7 +16,7 @@ from headrace.lora.adapter import Adapter
 from headrace.lora.factors import Factors
 from headrace.lora.rows import row_arrays
 from headrace.lora.targets import Site
-from headrace.lora.upload import helpers
+from headrace.lora.threads import helpers
 from headrace.ops import dispatch
 from headrace.ops.lora import (
     LoraRows,
@@ -92,7 +92,7 @@ def sites_of(weights: LoraWeights) -> list[LoraSite]:
 
 
 def kind_of(site: LoraSite, weights: LoraWeights) -> Kind:
-    """Sites of a kind are asked the same, by the same kernels."""
+    """What a trial and its kernels depend on: sites of one kind share them."""
     ends = site is weights.embedding, site is weights.lm_head
     return (site.in_features, site.widths, site.num_experts, *ends)
 

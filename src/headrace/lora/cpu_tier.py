@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Generic
 
 from headrace.lora.adapter import Adapter
-from headrace.lora.load import Lora, R, told
+from headrace.lora.load import Lora, R, error_text
 from headrace.lora.loader import Loader
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class CpuTier(Generic[R]):
             try:
                 kept = self._keeps.pop(lora).result()
             except Exception as error:
-                log.warning("adapter %s stays on disk: %s", lora.name, told(error))
+                log.warning("adapter %s stays on disk: %s", lora.name, error_text(error))
                 if lora.is_copying:
                     continue  # from what would be let go now; with its end that is kept after all
             self.let_go(lora)

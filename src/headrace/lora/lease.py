@@ -21,7 +21,7 @@ class Lease:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: int | None = None
+        self._file: int | None = None  # for __del__, should open fail
         self._file = os.open(path, os.O_RDONLY)
         try:
             # who waits is told by a signal: one that nobody minds, for the usual one ends a process

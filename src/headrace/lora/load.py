@@ -51,8 +51,11 @@ class Lora(Generic[R]):
         return self.ready and not self.holders
 
 
-def told(error: Exception) -> str:
-    """What those who wait for a load are told: what nobody foresaw may have no text at all."""
+def error_text(error: Exception) -> str:
+    """Why a load failed, for those who wait for it.
+
+    An unexpected error has its type's name before its text, which may be empty.
+    """
     text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     # a file's name may be no UTF-8, which no message can be encoded with
     return text.encode("utf-8", "backslashreplace").decode()

@@ -16,7 +16,7 @@ from headrace.config import ConfigError
 from headrace.lora.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, BaseTensor, read_adapter
 from headrace.lora.check import check_adapter
 from headrace.lora.memory import LoraMemory, Placement
-from headrace.lora.upload import compute_alone
+from headrace.lora.threads import compute_alone
 
 log = logging.getLogger(__name__)
 

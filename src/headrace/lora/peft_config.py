@@ -23,9 +23,9 @@ _HARMLESS = frozenset(
         *("layers_to_transform", "layers_pattern", "bias", "ensure_weight_tying"),
     }
 )
-# Starting points that leave the base weights alone. After any other the file's tensors may not be
-# the whole change.
-_KNOWN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
+# Values of init_lora_weights that leave the base weights alone. After any other the file's tensors
+# may not be the whole change.
+_HARMLESS_INITS = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
 _PATIENCE = 1.0  # seconds for a pattern and a name: a few us are usual, backtracking has no end
 _LARGEST = 3e38  # the tables of the kernels keep scales in float32
 _REASONS = {
@@ -109,7 +109,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("bias", "none") != "none":
         yield f"bias is {raw['bias']!r}: biases are not supported"
     init = raw.get("init_lora_weights", True)
-    if str(init).lower() not in _KNOWN_STARTS:
+    if str(init).lower() not in _HARMLESS_INITS:
         yield (
             f"init_lora_weights is {init!r}, which may change the base weights too; "
             "save the adapter converted to plain LoRA"

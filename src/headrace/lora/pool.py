@@ -22,7 +22,7 @@ from typing import Generic
 from headrace.config import ConfigError
 from headrace.lora.adapter import Adapter
 from headrace.lora.cpu_tier import CpuTier
-from headrace.lora.load import Lora, R, told
+from headrace.lora.load import Lora, R, error_text
 from headrace.lora.loader import Files, Loader, Stamp
 from headrace.lora.memory import LoraMemory, sizes_of
 
@@ -174,7 +174,7 @@ class LoraPool(Generic[R]):
         itemsize = self.memory.weights.memory.itemsize
         return ConfigError(
             f"the adapter takes {lora.size * itemsize} bytes; "
-            f"--lora-memory holds {self._capacity * itemsize}"
+            f"--lora-memory holds {self._capacity * itemsize}: give as many, or more"
         )
 
     def _announce(self, lora: Lora[R], news: PoolNews[R]) -> None:
@@ -313,7 +313,7 @@ class LoraPool(Generic[R]):
 
     def _give_up(self, lora: Lora[R], error: Exception, news: PoolNews[R]) -> None:
         """Fail those that wait for an adapter that can't be copied; others may try again."""
-        reason = f"the LoRA adapter '{lora.name}' could not be loaded: {told(error)}"
+        reason = f"the LoRA adapter '{lora.name}' could not be loaded: {error_text(error)}"
         log.error("%s", reason)
         if lora in self._announced:
             news.loads.append((lora.name, error))

@@ -230,13 +230,10 @@ def _read_mxfp4(source: TensorSource, name: str) -> MXFP4Weight:
 
 def _in_gpu_layout(weight: Tensor | MXFP4Weight, has_pairs: bool) -> ExpertWeight:
     """has_pairs: gates and ups, which the checkpoint interleaves."""
-    from headrace.ops.experts_kernel import DenseWeight
-    from headrace.ops.mxfp4_kernel import RowOrder, prepare
+    from headrace.ops.mxfp4_kernel import RowOrder
+    from headrace.ops.weight_formats import in_gpu_layout
 
-    row_order = RowOrder.INTERLEAVED if has_pairs else RowOrder.PLAIN
-    if isinstance(weight, MXFP4Weight):
-        return prepare(weight.blocks, weight.scales, row_order)
-    return DenseWeight(weight.contiguous(), row_order)
+    return in_gpu_layout(weight, RowOrder.INTERLEAVED if has_pairs else RowOrder.PLAIN)
 
 
 def _dequantize(packed: MXFP4Weight) -> Tensor:

@@ -114,7 +114,7 @@ def write_checkpoint(
     """Write config.json and the tensors, as they are, as one file or as shards with an index."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards = _split(tensors, max_shard_bytes)
+    shards = split_shards({name: t.nbytes for name, t in tensors.items()}, max_shard_bytes)
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
@@ -124,7 +124,8 @@ def write_checkpoint(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (path / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(names, shards, strict=True):
-        save_file(shard, path / file, metadata={"format": "pt"})
+        held = {name: tensors[name].contiguous() for name in shard}
+        save_file(held, path / file, metadata={"format": "pt"})
 
 
 def quantize_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,13 +155,17 @@ def _shards(path: Path) -> list[Path]:
 def _weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ConfigError(f"{path / INDEX_NAME} has no weight_map")
+        kind = type(weight_map).__name__
+        raise ConfigError(f"{path / INDEX_NAME}: weight_map is a {kind}; it must be an object")
     return weight_map
 
 
 def _check_index(path: Path, found: set[str]) -> None:
     if (path / INDEX_NAME).exists() and (lost := _weight_map(path).keys() - found):
-        raise ConfigError(f"{INDEX_NAME} lists tensor {min(lost)}, but its file does not hold it")
+        raise ConfigError(
+            f"{path / INDEX_NAME} lists tensor {min(lost)}, but its file does not hold it; "
+            "download the checkpoint again"
+        )
 
 
 def _open(file: Path) -> Any:
@@ -186,13 +191,14 @@ def _pieces(file: Path) -> Iterator[tuple[str, FilePiece]]:
             yield name, FilePiece(file, 8 + length + start, dtype, tuple(entry["shape"]))
 
 
-def _split(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def split_shards(num_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each shard, in their order; a larger one has a shard of its own."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    for name, more in num_bytes.items():
+        if shards[-1] and size + more > max_shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor.contiguous()
-        size += tensor.nbytes
+        shards[-1].append(name)
+        size += more
     return shards

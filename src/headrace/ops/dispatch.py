@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -38,6 +37,8 @@ def num_sms(x: Tensor) -> int:
 @cache
 def gpu_limits(index: int | None) -> GpuLimits:
     """Of one GPU; asking the driver takes 1 ms, longer than a launch, so it is asked once."""
+    import triton  # may be missing where there is no GPU
+
     found = triton.runtime.driver.active.utils.get_device_properties(index)
     is_hopper = torch.cuda.get_device_capability(index) >= (9, 0)
     bits_per_s = 2 * 1000 * found["mem_clock_rate"] * found["mem_bus_width"]  # two a clock, in kHz

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headrace.ops import dispatch
+from headrace.ops.checks import check_gpu_dtype
 from headrace.ops.experts import Activation
 from headrace.ops.lora_experts_kernel import shrink_block, shrink_programs, wait_for_shrink
 from headrace.ops.lora_kernel import LowRank, adapters_of_rows, add_low_rank, rank_tile
@@ -476,8 +476,7 @@ def _check(
             f"x has shape {tuple(x.shape)}, strides {x.stride()}; the weight needs contiguous "
             f"[rows, {weight.in_features}]"
         )
-    if x.is_cuda and x.dtype != torch.bfloat16:
-        raise ValueError(f"x is {x.dtype}; pass bfloat16")
+    check_gpu_dtype(x)
     if tuple(bias.shape) != (weight.num_experts, weight.out_features) or not bias.is_contiguous():
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; the weight needs contiguous "

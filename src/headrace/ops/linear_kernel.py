@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.ops import dispatch
+from headrace.ops.checks import check_gpu_dtype
 from headrace.ops.linear import check
 from headrace.ops.linear_tiles import LinearProblem, LinearTile, choose
 
@@ -160,6 +160,7 @@ def linear(
     """
     check(x, weight, bias, residual, out)
     _check_memory(x=x, weight=weight, bias=bias, residual=residual, out=out)
+    check_gpu_dtype(x)
     if len(x) == 0:
         return out
     tile = tile or choose(_problem(x, weight))
@@ -219,6 +220,3 @@ def _check_memory(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; pass a contiguous tensor")
-    x = tensors["x"]
-    if x is not None and x.is_cuda and x.dtype != torch.bfloat16:
-        raise ValueError(f"x is {x.dtype}; pass bfloat16")

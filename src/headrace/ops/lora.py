@@ -134,7 +134,7 @@ class LoraStep:
         add_lora_embedding(h, token_ids, weights.embedding, weights.memory, rows, parts, sampled)
 
     def add_to_qkv(self, layer: int, qkv: Tensor, x: Tensor) -> None:
-        """To q, k and v side by side, in place, before they turn."""
+        """To q, k and v side by side, in place, before RoPE."""
         site, parts = self.batch.weights.layers[layer].qkv, self.buffers.qkv
         weights, rows = self.batch.weights, self.batch.tokens
         add_lora(qkv, x, site, weights.memory, rows, parts, after_linear=True)
@@ -155,6 +155,17 @@ class LoraStep:
         weights, parts = self.batch.weights, self.buffers.outputs
         rows = self.batch.outputs
         add_lora(logits, x, weights.lm_head, weights.memory, rows, parts, after_linear=True)
+
+
+def router_tensors(lora: MoELora | None) -> tuple[Tensor | None, ...]:
+    """The adapters of a layer's router as its kernels take them; None six times: there are none.
+
+    Returns slot_of_row, the memory, and the router's a, b, rank and scale.
+    """
+    if lora is None:
+        return (None,) * 6
+    site = lora.layer.router
+    return lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale
 
 
 def lora_buffers(

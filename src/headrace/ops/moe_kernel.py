@@ -8,19 +8,14 @@ from torch import Tensor
 
 from headrace.ops import dispatch, routing_kernel
 from headrace.ops.arena import fresh
+from headrace.ops.checks import check_tensor
 from headrace.ops.experts import ExpertWeight
-from headrace.ops.experts_kernel import (
-    Activation,
-    DenseWeight,
-    KernelWeight,
-    grouped_matmul,
-)
+from headrace.ops.experts_kernel import DenseWeight, KernelWeight, grouped_matmul
 from headrace.ops.lora import MoELora
 from headrace.ops.lora_kernel import LowRank, pair_parts, shrink_experts
 from headrace.ops.moe import MoEBuffers, MoEWeights
 from headrace.ops.mxfp4_kernel import PreparedMXFP4
 from headrace.ops.norm import NextNorm
-from headrace.ops.sort_kernel import check_tensor
 from headrace.ops.tiles import MoETiles, Problem, choose
 from headrace.ops.weighted_sum_kernel import weighted_sum
 
@@ -55,7 +50,7 @@ def gate_up_matmul(weights: MoEWeights, buffers: MoEBuffers, lora: MoELora | Non
     return grouped_matmul(
         routing.normed, _in_gpu_layout(experts.gate_up), experts.gate_up_bias, routing.sorted,
         buffers.tiles.gate_up, buffers.activated, weights.top_k, gather=True,
-        activation=Activation(experts.activation), alpha=experts.alpha, limit=experts.limit,
+        activation=experts.activation, alpha=experts.alpha, limit=experts.limit,
         low_rank=_shrink(lora, weights, buffers, first=True),
     )  # fmt: skip
 

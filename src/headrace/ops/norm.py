@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import dispatch
+from headrace.ops.checks import check_rows
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,7 @@ def rms_norm(
 
 def check(x: Tensor, weight: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
     """Raise ValueError, naming the argument, where one does not fit the others."""
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, strides {x.stride()}; pass contiguous "
-            "[num_tokens, hidden]"
-        )
+    check_rows(x)
     if tuple(weight.shape) != (x.shape[1],) or not weight.is_contiguous():
         raise ValueError(f"weight has shape {tuple(weight.shape)}; x needs ({x.shape[1]},)")
     shape = (len(x) if rows is None else len(rows), x.shape[1])

@@ -99,7 +99,7 @@ def rope_and_cache(
             qkv, cos, sin, kv_cache, slots, num_heads, num_kv_heads, out
         )
     heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
-    # q and k turn together: their heads lie side by side
+    # q and k are rotated together: their heads lie side by side
     qk = apply_rope(heads[:, : num_heads + num_kv_heads], cos, sin)
     q, k = qk.split((num_heads, num_kv_heads), dim=1)
     write_kv(kv_cache, k, heads[:, num_heads + num_kv_heads :], slots)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rotary embedding on the GPU: the step's cosines in one launch, then one launch a layer.
 
-The layer's launch splits the fused qkv, turns q and k, and puts k and v into their pages.
+The layer's launch splits the fused qkv, rotates q and k, and puts k and v into their pages.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.ops import cuda_source, dispatch
 from headrace.ops.cuda_source import CudaKernel
-from headrace.ops.lora import MoELora
+from headrace.ops.lora import MoELora, router_tensors
 from headrace.ops.routing import SLICE_K, RoutingBuffers
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -149,20 +149,12 @@ def launch(
         buffers.summed.data_ptr(), buffers.normed.data_ptr(), buffers.expert_ids.data_ptr(),
         buffers.expert_weights.data_ptr(), buffers.sorted.slots.data_ptr(),
         buffers.sorted.blocks.data_ptr(), buffers.histograms.data_ptr(),
-        buffers.counters.data_ptr(), *_lora_addresses(lora), eps, num_tokens, len(weight),
-        len(buffers.sorted.blocks), block_m, local.start, len(local),
+        buffers.counters.data_ptr(), *map(_address, router_tensors(lora)), eps, num_tokens,
+        len(weight), len(buffers.sorted.blocks), block_m, local.start, len(local),
         0 if lora is None else lora.layer.router.rank.shape[1],
     )  # fmt: skip
     kernel = _kernel(cut, top_k, renormalize, x.device.index)
     kernel.launch((cut.programs, -(-num_tokens // cut.tokens)), arguments)
-
-
-def _lora_addresses(lora: MoELora | None) -> tuple[int | None, ...]:
-    if lora is None:
-        return (None,) * 6
-    site = lora.layer.router
-    tensors = (lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale)
-    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -19,7 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from headrace.ops import dispatch, routing_cuda
 from headrace.ops.arena import fresh
 from headrace.ops.arrival_kernel import arrive
-from headrace.ops.lora import MoELora
+from headrace.ops.checks import check_gpu_dtype, check_rows, check_tensor
+from headrace.ops.lora import MoELora, router_tensors
 from headrace.ops.lora_kernel import adapters_of_rows, add_low_rank_at_once
 from headrace.ops.prefetch_kernel import prefetch_lines
 from headrace.ops.routing import (
@@ -31,7 +32,7 @@ from headrace.ops.routing import (
     routing_buffers,
     routing_counters,
 )
-from headrace.ops.sort_kernel import check_sort, check_tensor, place, place_slots, write_blocks
+from headrace.ops.sort_kernel import check_sort, place, place_slots, write_blocks
 
 NORM_WARPS = 16  # wherever rows are normed: a row's sum of squares must have one order
 NORM_ROWS = 4  # rows of a program of norm_kernel
@@ -432,7 +433,7 @@ def _launch_router(
     router_kernel[(triton.cdiv(hidden, SLICE_K), triton.cdiv(num_tokens, BLOCK_T))](
         x, residual, norm_weight, weight, bias, buffers.summed, buffers.normed, buffers.partials,
         buffers.counters, buffers.expert_ids, out, buffers.ranks, buffers.histograms,
-        buffers.sorted.slots, buffers.sorted.blocks, *_lora_arguments(lora), num_tokens,
+        buffers.sorted.slots, buffers.sorted.blocks, *router_tensors(lora), num_tokens,
         len(weight), len(buffers.sorted.blocks), local.start, len(local), eps,
         TOP_K=top_k, RENORMALIZE=renormalize, HIDDEN=hidden,
         PADDED_HIDDEN=triton.next_power_of_2(hidden), EXPERTS=experts, BLOCK_T=BLOCK_T,
@@ -441,13 +442,6 @@ def _launch_router(
         SLOTS=triton.next_power_of_2(GROUP_CHUNKS * BLOCK_T * max(top_k, 1)), EARLY=early,
         num_warps=NORM_WARPS if few else 4 if experts <= 64 else 8, num_stages=2, launch_pdl=early,
     )  # fmt: skip
-
-
-def _lora_arguments(lora: MoELora | None) -> tuple[Tensor | None, ...]:
-    if lora is None:
-        return (None,) * 6
-    site = lora.layer.router
-    return lora.rows.slot_of_row, lora.memory, site.a, site.b, site.rank, site.scale
 
 
 def _launch_norm(
@@ -483,13 +477,8 @@ def _check(
     bias: Tensor | None,
     buffers: RoutingBuffers,
 ) -> None:
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, strides {x.stride()}; pass contiguous "
-            "[num_tokens, hidden]"
-        )
-    if x.is_cuda and x.dtype != torch.bfloat16:
-        raise ValueError(f"x is {x.dtype}; pass bfloat16")
+    check_rows(x)
+    check_gpu_dtype(x)
     (num_tokens, hidden), num_experts = x.shape, weight.shape[0]
     check_tensor("router weight", weight, (num_experts, hidden), x.dtype)
     if bias is not None:

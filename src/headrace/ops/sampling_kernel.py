@@ -674,11 +674,13 @@ def apply_penalties(
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """See ops/sampling.py; the same bits as its reference."""
+    """See `headrace.ops.sampling.apply_penalties`; the same bits as its reference."""
     _check_logits(logits)
     num, vocab = len(rows), logits.shape[1]
     if counts.dtype != torch.int32 or counts.shape[1:] != (vocab,) or not counts.is_contiguous():
-        raise ValueError(f"counts must be contiguous int32 [slots, {vocab}]; got {_said(counts)}")
+        raise ValueError(
+            f"counts must be contiguous int32 [slots, {vocab}]; got {_described(counts)}"
+        )
     columns = {"slots": slots, "rows": rows}
     _check_columns(num, columns, torch.int64)
     columns = {"repetition": repetition, "frequency": frequency, "presence": presence}
@@ -698,7 +700,10 @@ def sample(
     out: Tensor,
     buffers: SamplingBuffers | None,
 ) -> Tensor:
-    """See ops/sampling.py. Its sums are floats: one that all but equals top_p may end otherwise."""
+    """See `headrace.ops.sampling.sample`.
+
+    Its sums are floats: one that all but equals top_p may end otherwise.
+    """
     _check_logits(logits)
     num_rows, vocab = logits.shape
     _check_columns(num_rows, {"out": out}, torch.int64)
@@ -758,7 +763,10 @@ def _draw(
 def top_logprobs(
     logits: Tensor, rows: Tensor, chosen: Tensor, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops/sampling.py; equal logits rank by token id. Allocates: not for a CUDA graph."""
+    """See `headrace.ops.sampling.top_logprobs`; equal logits rank by token id.
+
+    Allocates: not for a CUDA graph.
+    """
     _check_logits(logits)
     if not 0 <= num_top <= MAX_TOP:
         raise ValueError(f"num_top is {num_top}; it must be 0 to {MAX_TOP}")
@@ -790,13 +798,15 @@ def top_logprobs(
     return ids, logprobs, rank
 
 
-def _said(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}"
 
 
 def _check_logits(logits: Tensor) -> None:
     if logits.dtype != torch.float32 or logits.ndim != 2 or logits.stride(1) != 1:
-        raise ValueError(f"logits must be float32 [rows, vocab], rows whole; got {_said(logits)}")
+        raise ValueError(
+            f"logits must be float32 [rows, vocab], rows whole; got {_described(logits)}"
+        )
     if not 0 < logits.shape[1] <= 2**18:
         raise ValueError(f"logits have {logits.shape[1]} columns; 1 to 2**18 fit the sums")
 
@@ -804,7 +814,7 @@ def _check_logits(logits: Tensor) -> None:
 def _check_columns(num: int, columns: dict[str, Tensor], dtype: torch.dtype) -> None:
     for name, column in columns.items():
         if column.shape != (num,) or column.dtype != dtype or not column.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {dtype} [{num}]; got {_said(column)}")
+            raise ValueError(f"{name} must be contiguous {dtype} [{num}]; got {_described(column)}")
 
 
 def _checked(draws: Draws, uniform: Tensor | None, num_rows: int) -> Tensor:

@@ -8,8 +8,6 @@ is: slots of lower experts + the same expert's in earlier chunks + its rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from headrace.ops import dispatch
+from headrace.ops.checks import check_tensor
 from headrace.ops.routing import (
     BLOCK_T,
     GROUP_CHUNKS,
@@ -236,14 +235,3 @@ def check_ids(expert_ids: Tensor, num_experts: int) -> None:
         raise ValueError(
             f"expert_ids has {wrong[0].item()}; pass 0 to {num_experts - 1}, or -1 for nobody's"
         )
-
-
-def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raise ValueError unless it is contiguous, of this shape and this dtype."""
-    if tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; pass contiguous "
-            f"{tuple(shape)}"
-        )
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; pass {dtype}")

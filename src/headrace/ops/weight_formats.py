@@ -1,6 +1,7 @@
 """The formats of expert weights, each as one object: from a checkpoint's values to the GPU's bits.
 
-A format stands in FORMATS once; the tests of round trips and the float64 reference find it there.
+A format stands in FORMATS once; the loader, the float64 reference and the tests of round trips find
+it there.
 Its decode on the device is in the grouped matmul, by the type of its GPU layout.
 """
 
@@ -44,17 +45,30 @@ FORMATS = {
         gpu_type=DenseWeight,
         quantize=lambda weight: weight.bfloat16(),
         dequantize=lambda weight, dtype: weight.to(dtype),
-        prepare=DenseWeight,
+        prepare=lambda weight, order: DenseWeight(weight.contiguous(), order),
         restore=lambda weight: weight.values,
     ),
 }
 
 
+def in_gpu_layout(weight: object, order: RowOrder) -> KernelWeight:
+    """A weight of a checkpoint as the grouped matmul reads it. ValueError for unknown formats."""
+    for form in FORMATS.values():
+        if isinstance(weight, form.checkpoint_type):
+            return form.prepare(weight, order)
+    raise _unknown(weight)
+
+
 def dequantized(weight: object, dtype: torch.dtype) -> Tensor:
-    """The values of a weight in any format's checkpoint or GPU layout."""
+    """The values of a weight in any format's layout. ValueError for unknown formats."""
     for form in FORMATS.values():
         if isinstance(weight, form.gpu_type):
             weight = form.restore(weight)
         if isinstance(weight, form.checkpoint_type):
             return form.dequantize(weight, dtype)
-    raise ValueError(f"a {type(weight).__name__} is in no known format; there are {list(FORMATS)}")
+    raise _unknown(weight)
+
+
+def _unknown(weight: object) -> ValueError:
+    name = type(weight).__name__
+    return ValueError(f"a {name} is in no known format; there are {list(FORMATS)}")

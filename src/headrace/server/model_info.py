@@ -46,7 +46,9 @@ def load_model_info(
     model_config = read_json(model_dir / "config.json")
     vocab_size = model_config.get("vocab_size")
     if not isinstance(vocab_size, int):
-        raise ConfigError(f"{model_dir / 'config.json'}: vocab_size is {vocab_size}, not a number")
+        raise ConfigError(
+            f"{model_dir / 'config.json'}: vocab_size is {vocab_size!r}; it must be an integer"
+        )
     generation_file = model_dir / "generation_config.json"
     generation = read_json(generation_file, missing_ok=True)
     eos = generation.get("eos_token_id", model_config.get("eos_token_id")) or []
@@ -58,7 +60,10 @@ def load_model_info(
     name = config.served_model_name or model_dir.resolve().name
     adapters = tuple(parse_module(module) for module in lora_modules)
     if name in dict(adapters):
-        raise ConfigError(f"--lora-modules {name}: this is the base model's name")
+        raise ConfigError(
+            f"--lora-modules {name}: this is the base model's name; "
+            "give the adapter another one, or the model by --served-model-name"
+        )
     return ModelInfo(
         name=name,
         adapters=adapters,

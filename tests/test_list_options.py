@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from headrace.bench.list_options import ListOptions
+from headrace.flags import ListOptions
 
 app = typer.Typer()
 
