@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from headrace.config import EngineConfig
-from headrace.engine import adapters, runner
+from headrace.engine import lora_rows, runner
 from headrace.engine.engine import Engine
 from headrace.engine.messages import AddRequest, RequestOutput, SamplingParams
 from headrace.models import Batch, load_model
@@ -140,7 +140,7 @@ def test_every_request_gets_what_it_gets_alone(
     requests = random_requests(chosen, 14)
     plain = make_engine(checkpoint, modules, enable_prefix_caching=False)
     expected = {r.request_id: numbers(run(plain, r)[r.request_id]) for r in requests}
-    for module in (runner, adapters):
+    for module in (runner, lora_rows):
         monkeypatch.setattr(module, "Staging", StagingAsOnGPU)
     monkeypatch.setattr(runner, "Graphs", TablesWithoutEnd)
     engine = make_engine(checkpoint, modules, **CASES[case])

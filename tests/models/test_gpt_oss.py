@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from headrace.models import Model, load_model
 from headrace.models.weights import write_checkpoint
 from headrace.ops import dispatch
 from tests.checkpoints import YARN, random_checkpoint, random_tensors, tiny_config
+from tests.hollow import narrow_20b
 from tests.models.half import in_half
 from tests.oracles import openai_logits, transformers_logits
 from tests.paged import PagedSequences, generate_greedily, logits_of
@@ -249,3 +251,17 @@ def test_cuda_is_near_float32(tmp_path: Path, name: str) -> None:
     exact, rounded = (logits_of(load_model(path, d), prompt()).cpu() for d in ("cpu", "cuda"))
     # bfloat16 on the CPU is 0.01 to 0.08 off: a row whose experts are nearly tied takes others
     assert (exact - rounded).square().mean().sqrt() < 0.25 * exact.std()
+
+
+@pytest.mark.parametrize("top_k", [3, 4])
+def test_what_is_reserved_holds_fewer_rows(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x A^T takes more memory for 256 rows of logits than for 258, for 341 tokens than for 342."""
+    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    model = narrow_20b()
+    moe = replace(model.weights.layers[0].moe, top_k=top_k)
+    layers = tuple(replace(layer, moe=moe) for layer in model.weights.layers)
+    model.weights = replace(model.weights, layers=layers)
+    model.reserve(345, 258, max_lora_rank=512)
+    for num_tokens in (1, 170, 256, 257, 340, 341, 342, 345):
+        for num_outputs in (1, 128, 255, 256, 257, 258):
+            model._step_buffers(num_tokens, num_outputs)  # a MemoryError if there is no room

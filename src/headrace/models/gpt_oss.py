@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from headrace.ops.arena import Arena, ArenaSize, Take, fresh
 from headrace.ops.attention import paged_attention
 from headrace.ops.embedding import embed
 from headrace.ops.linear import linear
-from headrace.ops.lora import LoraBuffers, LoraStep, lora_buffers
+from headrace.ops.lora import LoraBuffers, LoraStep, lora_buffers, most_in_parts
 from headrace.ops.moe import MoEBuffers, MoEWeights, moe_buffers, moe_layer
 from headrace.ops.norm import NextNorm, rms_norm
 from headrace.ops.rope import (
@@ -87,12 +88,17 @@ class GptOss:
         """Take the memory of the largest step; steps don't allocate from now on."""
         self._max_lora_rank = max_lora_rank
         self._counters = routing_counters(max_num_tokens, self.device)
+        # fewer rows may take more in places: other tiles, and x A^T in parts
+        tokens = {max_num_tokens, *(1 << i for i in range(max_num_tokens.bit_length()))}
+        outputs = {max_num_outputs}
+        if self._on_gpu and max_lora_rank:
+            few_tokens, few_outputs = most_in_parts(self.weights.layers[0].moe.top_k)
+            tokens.add(min(few_tokens, max_num_tokens))
+            outputs.add(min(few_outputs, max_num_outputs))
         num_bytes = 0
-        # fewer tokens may take more in places: other tiles, and other parts of x A^T
-        powers = (1 << i for i in range(max_num_tokens.bit_length()))
-        for num_tokens in (max_num_tokens, *powers):
+        for num_tokens, num_outputs in product(tokens, outputs):
             size = ArenaSize()
-            self._buffers(size.take, num_tokens, max_num_outputs)
+            self._buffers(size.take, num_tokens, num_outputs)
             num_bytes = max(num_bytes, size.num_bytes)
         self._arena = Arena(num_bytes, self.device)
 

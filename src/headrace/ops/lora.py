@@ -182,6 +182,13 @@ def lora_buffers(
     )
 
 
+def most_in_parts(top_k: int) -> tuple[int, int]:
+    """The most tokens, and rows of logits, whose x A^T takes several parts in `lora_buffers`."""
+    from headrace.ops.lora_kernel import FEW_PAIRS, FEW_TOKENS
+
+    return FEW_PAIRS // top_k, FEW_TOKENS
+
+
 def add_lora(
     y: Tensor,  # [num_rows, sum(widths)], changed in place
     x: Tensor,  # [num_rows, in_features]
