@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from headrace.config import ConfigError, EngineConfig, flag
-from headrace.flags import with_configs
+from headrace.flags import ListOptions, with_configs
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,33 @@ def test_doctor_shows_what_fits() -> None:
     result = headrace("doctor")
     assert result.returncode == 0, result.stderr
     assert "gpt-oss-20b" in result.stdout
+
+
+lists = typer.Typer()
+
+
+@lists.command(cls=ListOptions)
+def show(
+    first: Annotated[str, typer.Argument()] = "-",
+    names: Annotated[list[str] | None, typer.Option()] = None,
+    size: Annotated[int, typer.Option()] = 1,
+) -> None:
+    print(first, names, size)
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        ("--names a b --size 3", "- ['a', 'b'] 3"),
+        ("--names a --names b c", "- ['a', 'b', 'c'] 1"),
+        ("--names=a --names b", "- ['a', 'b'] 1"),
+        ("x --size 3 --names a b", "x ['a', 'b'] 3"),
+        ("--size 3 x", "x None 3"),
+    ],
+)
+def test_lists_are_spread(args: str, shown: str) -> None:
+    assert CliRunner().invoke(lists, args.split()).output.strip() == shown
+
+
+def test_what_takes_one_value_takes_one() -> None:
+    assert CliRunner().invoke(lists, ["x", "--size", "3", "4"]).exit_code == 2

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A caller's mistake in flags or in a checkpoint: shown as one line, exit status 2."""
+    """A caller's mistake in flags or files: shown as one line, exit status 2."""
 
 
 def flag(
@@ -48,7 +48,7 @@ class EngineConfig:
     lora_memory: int = flag(0, "bytes for adapters (0: max-loras of them at max-lora-rank)", low=0)
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_flags(self)
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,27 @@ class ServerConfig:
     enable_tools: bool = flag(True, "parse and offer function calls in chat")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_flags(self)
 
 
-def check_ranges(config: Any) -> None:
+def check_flags(config: Any) -> None:
     """Raise ConfigError naming the flag, its value and what is allowed."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
         choices = f.metadata.get("choices")
-        if choices and value not in choices:
-            allowed = f"one of {', '.join(choices)}"
-            raise ConfigError(f"{flag_name(f)} is {value!r}; it must be {allowed}")
+        if choices:
+            check_choice(flag_name(f), value, choices)
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if (low is not None and value < low) or (high is not None and value > high):
             allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
             raise ConfigError(f"{flag_name(f)} is {value}; it must be {allowed}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError naming the flag, unless the value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def flag_name(f: Field[Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.config import ConfigError, check_ranges, flag
+from headrace.config import ConfigError, check_choice, check_flags, flag
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 DATASETS = ("random", "sharegpt", "custom")
@@ -81,7 +81,7 @@ class ServeBenchConfig:
     result_filename: str = flag("", "name of the JSON file (default: made of rate, model, time)")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_flags(self)
         for name in ("request_rate", "burstiness"):
             if not getattr(self, name) > 0:
                 flag_name = "--" + name.replace("_", "-")
@@ -111,7 +111,7 @@ class ServeBenchConfig:
         """The metrics to print, in the table's order."""
         names = [part.strip() for part in self.percentile_metrics.split(",") if part.strip()]
         for name in names:
-            one_of("--percentile-metrics", name, METRICS)
+            check_choice("--percentile-metrics", name, METRICS)
         return tuple(name for name in METRICS if name in names)
 
     @property
@@ -131,7 +131,7 @@ class ServeBenchConfig:
         goals = {}
         for pair in self.goodput:
             name, _, limit = pair.partition(":")
-            one_of("--goodput", name, ("ttft", "tpot", "e2el"))
+            check_choice("--goodput", name, ("ttft", "tpot", "e2el"))
             value = number(limit)
             if value is None or not value >= 0:
                 raise ConfigError(f"--goodput {pair}: give METRIC:MILLISECONDS, such as ttft:200")
@@ -152,12 +152,6 @@ class ServeBenchConfig:
         if self.ignore_eos or self.dataset_name == "random":
             fields["ignore_eos"] = True
         return fields | extra
-
-
-def one_of(flag_name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless value is allowed."""
-    if value not in allowed:
-        raise ConfigError(f"{flag_name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def number(text: str) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.config import ConfigError, check_ranges, flag
+from headrace.config import ConfigError, check_flags, flag
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvalConfig:
     compare: Path | None = flag(None, "such a file, shown beside if its settings are the same")
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_flags(self)
         if not self.tasks:
             raise ConfigError("--tasks needs a name")
 

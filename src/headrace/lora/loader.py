@@ -98,14 +98,12 @@ class Loader:
         checked: bool,
         launched: torch.cuda.Event | None,
     ) -> Adapter:
-        if not isinstance(source, Files):
-            self._write(source, slot, placement, checked, launched)
-            return source
-        adapter = self._read_again(source)
+        adapter = self._read_again(source) if isinstance(source, Files) else source
         try:
             self._write(adapter, slot, placement, checked, launched)
         except BaseException:
-            _drop(adapter)  # the error may be kept, and what it saw with it
+            if adapter is not source:
+                _drop(adapter)  # the error may be kept, and what it saw with it
             raise
         return adapter
 

@@ -1,8 +1,7 @@
 """The formats of expert weights, each as one object: from a checkpoint's values to the GPU's bits.
 
 A format stands in FORMATS once; the loader, the float64 reference and the tests of round trips find
-it there.
-Its decode on the device is in the grouped matmul, by the type of its GPU layout.
+it there. Its decode on the device is in the grouped matmul, by the type of its GPU layout.
 """
 
 from __future__ import annotations
